@@ -1,0 +1,372 @@
+// The CPU kernels: plain loops over one row at a time, which the compiler vectorises.
+//
+// How threads map to data is decided in launch.cpp: the forward gives each thread a range of
+// tokens, the backward a range of columns (so every sum has one thread and one order, however many
+// threads there are).
+//
+// No include guard: baseline.cpp, avx2.cpp and avx512.cpp each include this once, with
+// CPU_CAPABILITY naming their namespace, CPU_VECTOR_BYTES the width of a vector register and the
+// compiler set to their instruction set. All of it
+// has internal linkage and calls no function template from outside, or the linker could keep one
+// instruction set's copy of it for everyone. For the same reason every other header comes first.
+
+namespace embedding_lookup {
+namespace CPU_CAPABILITY {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+// Rows that are not contiguous are gathered this many elements at a time.
+constexpr int64_t kGather = 256;
+
+// ----- dtypes --------------------------------------------------------------------------------
+
+struct None {};  // the residual's type when there is none
+
+// The type in which values of T are added.
+template <typename T>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+
+// promote_types(Table, Residual)
+template <typename Table, typename Residual>
+struct Promote {
+  using type = float;
+};
+template <typename T>
+struct Promote<T, T> {
+  using type = T;
+};
+template <typename T>
+struct Promote<T, None> {
+  using type = T;
+};
+template <typename T>
+struct Promote<T, double> {
+  using type = double;
+};
+template <typename T>
+struct Promote<double, T> {
+  using type = double;
+};
+template <>
+struct Promote<double, double> {
+  using type = double;
+};
+template <>
+struct Promote<double, None> {
+  using type = double;
+};
+
+// The type of the backward's sums. float64 for a float32 table costs nothing next to the memory
+// traffic, and keeps a sum of thousands of terms within one unit in the last place.
+template <typename Table>
+struct Sum {
+  using type = double;
+};
+template <>
+struct Sum<BFloat16> {
+  using type = float;
+};
+template <>
+struct Sum<Half> {
+  using type = float;
+};
+
+// Calls `f` with a null pointer to the C++ type of `dtype`.
+template <typename F>
+void visit(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<Half*>(nullptr));
+    default:  // the checks let nothing else through
+      return f(static_cast<double*>(nullptr));
+  }
+}
+
+// ----- vectors -------------------------------------------------------------------------------
+
+// The compiler vectorises plain loops well, except for rounding to 16-bit types. Those go through
+// Block<T>: kSize values of T as float32, in two vectors of the instruction set's width.
+
+typedef float Floats __attribute__((vector_size(CPU_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(CPU_VECTOR_BYTES)));
+
+template <typename T>
+struct Block {
+  static constexpr int64_t kSize = 0;  // none for this type: a loop over single elements will do
+};
+
+// Each 32-bit word holds two bfloat16: first the upper halves, which are float32 already but for
+// the lower bits, then the lower halves.
+template <>
+struct Block<BFloat16> {
+  static constexpr int64_t kSize = CPU_VECTOR_BYTES / 2;
+  Words upper, lower;  // float32 bits
+
+  static Block load(const BFloat16* from) {
+    Words words;
+    __builtin_memcpy(&words, from, sizeof(words));
+    return {words & 0xffff0000u, words << 16};
+  }
+
+  void add(const Block& other) {
+    upper = (Words)((Floats)upper + (Floats)other.upper);
+    lower = (Words)((Floats)lower + (Floats)other.lower);
+  }
+
+  // To nearest, ties to even. A NaN stays one: what is added here is the sum of bfloat16 values, so
+  // the lower bits of a NaN are zero and don't carry.
+  void round() {
+    upper = (upper + 0x7fff + ((upper >> 16) & 1)) & 0xffff0000u;
+    lower = (lower + 0x7fff + ((lower >> 16) & 1)) & 0xffff0000u;
+  }
+
+  void round_and_store(BFloat16* to) {
+    round();
+    const Words words = upper | (lower >> 16);
+    __builtin_memcpy(to, &words, sizeof(words));
+  }
+};
+
+#if CPU_VECTOR_BYTES > 16  // AVX2 and later convert float16 themselves
+template <>
+struct Block<Half> {
+  static constexpr int64_t kSize = 16;
+  __m256 first, second;
+
+  static __m256 unpack(__m128i packed) { return _mm256_cvtph_ps(packed); }
+  static __m128i pack(__m256 floats) {
+    return _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+  static Block load(const Half* from) {
+    const auto* packed = reinterpret_cast<const __m128i*>(from);
+    return {unpack(_mm_loadu_si128(packed)), unpack(_mm_loadu_si128(packed + 1))};
+  }
+
+  void add(const Block& other) {
+    first += other.first;
+    second += other.second;
+  }
+
+  void round() {
+    first = unpack(pack(first));
+    second = unpack(pack(second));
+  }
+
+  void round_and_store(Half* to) {
+    auto* packed = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(packed, pack(first));
+    _mm_storeu_si128(packed + 1, pack(second));
+  }
+};
+#endif
+
+// ----- rows ----------------------------------------------------------------------------------
+
+// out[h] = residual[h] + round_to_Table(rows[0][h] + ... + rows[N - 1][h])
+template <int N, typename Table, typename Residual, typename Out>
+void forward_row(const Table* const* table_rows, const Residual* residual, Out* __restrict out,
+                 int64_t width) {
+  constexpr bool kHasResidual = !std::is_same_v<Residual, None>;
+  using Math = typename OpMath<Out>::type;
+  const Table* rows[N + 1];
+  for (int n = 0; n < N; ++n) rows[n] = table_rows[n];
+
+  int64_t h = 0;
+  if constexpr (Block<Table>::kSize > 0 && std::is_same_v<Table, Out> && N > 0) {
+    constexpr int64_t kSize = Block<Table>::kSize;
+    for (; h + kSize <= width; h += kSize) {
+      auto value = Block<Table>::load(rows[0] + h);
+      for (int n = 1; n < N; ++n) value.add(Block<Table>::load(rows[n] + h));
+      if constexpr (kHasResidual) {
+        if constexpr (N > 1) value.round();
+        value.add(Block<Table>::load(residual + h));
+      }
+      value.round_and_store(out + h);
+    }
+  }
+  for (; h < width; ++h) {
+    Math value = 0;
+    if constexpr (N > 0) {
+      auto sum = static_cast<typename OpMath<Table>::type>(rows[0][h]);
+      for (int n = 1; n < N; ++n) sum += rows[n][h];
+      value = static_cast<Math>(static_cast<Table>(sum));
+    }
+    if constexpr (kHasResidual) value += static_cast<Math>(residual[h]);
+    out[h] = static_cast<Out>(value);
+  }
+}
+
+template <typename Table, typename Residual, typename Out>
+void forward_row(int num_rows, const Table* const* rows, const Residual* residual, Out* out,
+                 int64_t width) {
+  switch (num_rows) {
+    case 0:
+      return forward_row<0>(rows, residual, out, width);
+    case 1:
+      return forward_row<1>(rows, residual, out, width);
+    case 2:
+      return forward_row<2>(rows, residual, out, width);
+    case 3:
+      return forward_row<3>(rows, residual, out, width);
+    default:
+      return forward_row<4>(rows, residual, out, width);
+  }
+}
+
+// sums[n][h] += grad[h]. The rows of different axes never overlap.
+template <int N, typename Acc, typename Grad>
+void accumulate_row(Acc* const* sum_rows, const Grad* grad, int64_t width) {
+  Acc* sums[N];
+  for (int n = 0; n < N; ++n) sums[n] = sum_rows[n];
+#pragma GCC ivdep
+  for (int64_t h = 0; h < width; ++h) {
+    const Acc value = static_cast<typename OpMath<Grad>::type>(grad[h]);
+    for (int n = 0; n < N; ++n) sums[n][h] += value;
+  }
+}
+
+template <typename Acc, typename Grad>
+void accumulate_row(int num_rows, Acc* const* sums, const Grad* grad, int64_t width) {
+  switch (num_rows) {
+    case 1:
+      return accumulate_row<1>(sums, grad, width);
+    case 2:
+      return accumulate_row<2>(sums, grad, width);
+    case 3:
+      return accumulate_row<3>(sums, grad, width);
+    case 4:
+      return accumulate_row<4>(sums, grad, width);
+  }
+}
+
+// Calls `f(offset, width, row)` on `row` [width] whole if its elements are next to each other, else
+// on copies of kGather elements of it.
+template <typename T, typename F>
+void for_contiguous(const T* row, int64_t stride, int64_t width, const F& f) {
+  if (stride == 1) return f(0, width, row);
+  T gathered[kGather];
+  for (int64_t offset = 0; offset < width; offset += kGather) {
+    const int64_t count = width - offset < kGather ? width - offset : kGather;
+    for (int64_t h = 0; h < count; ++h) gathered[h] = row[(offset + h) * stride];
+    f(offset, count, gathered);
+  }
+}
+
+// ----- tokens --------------------------------------------------------------------------------
+
+template <typename Table, typename Residual>
+int64_t forward_tokens(const Forward& params, int64_t begin, int64_t end) {
+  using Out = typename Promote<Table, Residual>::type;
+  const Lookup& lookup = params.lookup;
+  const auto* table = static_cast<const Table*>(params.table);
+  auto* out = static_cast<Out*>(params.out) + begin * lookup.hidden;
+  int64_t first_bad = -1;
+  TokenCursor cursor(lookup, begin);
+  for (int64_t token = begin; token < end; ++token, cursor.next(), out += lookup.hidden) {
+    const Table* rows[kMaxAxes];
+    int num_rows = 0;
+    bool bad = false;
+    for (int64_t axis = 0; axis < lookup.num_axes; ++axis) {
+      const int64_t row = cursor.row(axis);
+      if (row >= lookup.num_rows) {
+        if (first_bad < 0) first_bad = token * lookup.num_axes + axis;
+        bad = true;
+      } else if (row >= 0) {
+        rows[num_rows++] = table + axis * params.table_axis_stride + row * params.table_row_stride;
+      }
+    }
+    if (bad) continue;
+    if (cursor.is_padding()) num_rows = 0;
+    if constexpr (std::is_same_v<Residual, None>) {
+      forward_row(num_rows, rows, static_cast<const None*>(nullptr), out, lookup.hidden);
+    } else {
+      for_contiguous(static_cast<const Residual*>(params.residual) + cursor.rows,
+                     params.residual_hidden_stride, lookup.hidden,
+                     [&](int64_t offset, int64_t width, const Residual* residual) {
+                       const Table* at_offset[kMaxAxes];
+                       for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
+                       forward_row(num_rows, at_offset, residual, out + offset, width);
+                     });
+    }
+  }
+  return first_bad;
+}
+
+template <typename Acc, typename Grad>
+void accumulate_tokens(const Backward& params, const int32_t* slots, int64_t column, int64_t width,
+                       Acc* sums) {
+  const Lookup& lookup = params.lookup;
+  const auto* grad = static_cast<const Grad*>(params.grad) + column * params.grad_hidden_stride;
+  TokenCursor cursor(lookup, 0);
+  for (int64_t token = 0; token < lookup.num_tokens; ++token, cursor.next()) {
+    Acc* rows[kMaxAxes];
+    int num_rows = 0;
+    for (int64_t axis = 0; axis < lookup.num_axes; ++axis) {
+      const int64_t slot = *slots++;
+      if (slot >= 0) rows[num_rows++] = sums + slot * width;
+    }
+    if (num_rows == 0) continue;
+    for_contiguous(grad + cursor.rows, params.grad_hidden_stride, width,
+                   [&](int64_t offset, int64_t count, const Grad* values) {
+                     Acc* at_offset[kMaxAxes];
+                     for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
+                     accumulate_row(num_rows, at_offset, values, count);
+                   });
+  }
+}
+
+// ----- entry points --------------------------------------------------------------------------
+
+int64_t forward(const Forward& params, int64_t begin, int64_t end) {
+  int64_t first_bad = -1;
+  visit(params.table_dtype, [&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    if (params.residual == nullptr) {
+      first_bad = forward_tokens<Table, None>(params, begin, end);
+      return;
+    }
+    visit(params.residual_dtype, [&](auto* residual) {
+      using Residual = std::remove_pointer_t<decltype(residual)>;
+      first_bad = forward_tokens<Table, Residual>(params, begin, end);
+    });
+  });
+  return first_bad;
+}
+
+void accumulate(const Backward& params, const int32_t* slots, int64_t column, int64_t width,
+                void* sums) {
+  visit(params.grad_dtype, [&](auto* grad) {
+    using Grad = std::remove_pointer_t<decltype(grad)>;
+    if (params.table_dtype == ScalarType::BFloat16 || params.table_dtype == ScalarType::Half) {
+      accumulate_tokens<float, Grad>(params, slots, column, width, static_cast<float*>(sums));
+    } else {
+      accumulate_tokens<double, Grad>(params, slots, column, width, static_cast<double*>(sums));
+    }
+  });
+}
+
+void store(const Backward& params, const void* sums, int64_t width, void* out) {
+  visit(params.table_dtype, [&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    const auto* from = static_cast<const typename Sum<Table>::type*>(sums);
+    auto* __restrict to = static_cast<Table*>(out);
+    for (int64_t h = 0; h < width; ++h) to[h] = static_cast<Table>(from[h]);
+  });
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+}  // namespace embedding_lookup
