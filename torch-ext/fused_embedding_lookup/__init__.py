@@ -1,0 +1,6 @@
+"""Multi-axis embedding lookup, sum, mask and residual add in one kernel: Gemma 4's position embeddings."""
+
+from . import layers
+from .op import fused_embedding_lookup
+
+__all__ = ["fused_embedding_lookup", "layers"]
