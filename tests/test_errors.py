@@ -1,0 +1,117 @@
+"""Every bad input is refused, with a message that names the argument, what it got and what it takes."""
+
+import re
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.kernels_ci
+
+
+def good():
+    """Arguments that the op takes, for a test to spoil one of."""
+    return {
+        "position_ids": torch.zeros(2, 5, 3, dtype=torch.int64),
+        "table": torch.randn(3, 4, 8),
+        "padding": torch.zeros(2, 5, dtype=torch.bool),
+        "residual": torch.randn(2, 5, 8),
+    }
+
+
+BAD = {
+    "ids float": ("position_ids", torch.zeros(2, 5, 3), "position_ids must be int64 or int32, got Float"),
+    "ids int16": ("position_ids", torch.zeros(2, 5, 3, dtype=torch.int16), "int64 or int32, got Short"),
+    "ids scalar": ("position_ids", torch.tensor(1), "position_ids must have shape [..., K], got a tensor without"),
+    "ids axes": ("position_ids", torch.zeros(2, 5, 2, dtype=torch.int64), "[..., 3] to go with a table of 3 axes, got [2, 5, 2]"),
+    "table rank": ("table", torch.randn(3, 8), "table must have shape [K, P, H], got [3, 8]"),
+    "table dtype": ("table", torch.ones(3, 4, 8, dtype=torch.int32), "table must be float32, float16, bfloat16 or float64, got Int"),
+    "table complex": ("table", torch.randn(3, 4, 8, dtype=torch.complex64), "table must be float32, float16, bfloat16 or float64, got ComplexFloat"),
+    "table float8": ("table", torch.randn(3, 4, 8).to(torch.float8_e4m3fn), "table must be float32, float16, bfloat16 or float64, got Float8_e4m3fn"),
+    "table stride": ("table", torch.randn(3, 4, 16)[..., ::2], "table must have a last stride of 1, got 2"),
+    "table expanded": ("table", torch.randn(3, 4, 1).expand(3, 4, 8), "table must have a last stride of 1, got 0"),
+    "table axes": ("table", torch.randn(5, 4, 8), "table must have shape [K, P, H] with K from 1 to 4, got K = 5"),
+    "table no axes": ("table", torch.randn(0, 4, 8), "K from 1 to 4, got K = 0"),
+    "table no rows": ("table", torch.randn(3, 0, 8), "table must have at least one row per axis, got P = 0"),
+    "table device": ("table", torch.randn(3, 4, 8, device="meta"), "table must be on the device of position_ids, got meta and cpu"),
+    "padding dtype": ("padding", torch.zeros(2, 5, dtype=torch.uint8), "padding must be bool, got Byte"),
+    "padding shape": ("padding", torch.zeros(2, 4, dtype=torch.bool), "padding must have shape [2, 5] to go with position_ids of shape [2, 5, 3], got [2, 4]"),
+    "padding rank": ("padding", torch.zeros(10, dtype=torch.bool), "padding must have shape [2, 5]"),
+    "padding device": ("padding", torch.zeros(2, 5, dtype=torch.bool, device="meta"), "padding must be on the device of position_ids, got meta and cpu"),
+    "residual dtype": ("residual", torch.ones(2, 5, 8, dtype=torch.int64), "residual must be float32, float16, bfloat16 or float64, got Long"),
+    "residual shape": ("residual", torch.randn(2, 5, 7), "residual must have shape [2, 5, 8] to go with position_ids of shape [2, 5, 3], got [2, 5, 7]"),
+    "residual leading": ("residual", torch.randn(1, 5, 8), "residual must have shape [2, 5, 8]"),
+    "residual rank": ("residual", torch.randn(10, 8), "residual must have shape [2, 5, 8]"),
+    "residual device": ("residual", torch.randn(2, 5, 8, device="meta"), "residual must be on the device of position_ids, got meta and cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument, value, message", BAD.values(), ids=BAD)
+def test_bad_argument(kernel, argument, value, message):
+    arguments = good() | {argument: value}
+    with pytest.raises(ValueError, match="^fused_embedding_lookup: .*" + re.escape(message)):
+        kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [4, 5, 2**31 - 1, 2**62])
+def test_id_too_large(kernel, dtype, bad):
+    """The message names the id, its axis and P; padded tokens are no exception, as in eager."""
+    if bad > torch.iinfo(dtype).max:
+        pytest.skip(f"{bad} is no {dtype}")
+    arguments = good()
+    ids = arguments.pop("position_ids").to(dtype)
+    ids[1, 2, 1] = bad
+    arguments["padding"][1, 2] = True
+    message = (
+        f"position_ids must be less than the 4 rows of the table, got {bad} on axis 1 of token 7"
+    )
+    with pytest.raises(IndexError, match=re.escape(message)):
+        kernel.fused_embedding_lookup(ids, **arguments)
+
+
+def test_first_of_many_ids_too_large_is_named(kernel):
+    """Whichever thread meets one first."""
+    ids = torch.zeros(5000, 2, dtype=torch.int64)
+    ids[1234, 1] = 77
+    ids[2000:] = 99
+    for _ in range(10):
+        with pytest.raises(IndexError, match="got 77 on axis 1 of token 1234$"):
+            kernel.fused_embedding_lookup(ids, torch.randn(2, 10, 256))
+
+
+def test_id_too_large_in_the_backward(kernel):
+    ids = torch.tensor([[0, 9]])
+    with pytest.raises(
+        IndexError, match="less than the 4 rows of the table, got 9 on axis 1 of token 0"
+    ):
+        kernel.op.ops.backward(torch.ones(1, 8), ids, None, None, 4, torch.float32)
+
+
+def test_padding_id_may_be_out_of_range(kernel):
+    """It reads nothing, so it is not an address."""
+    table = torch.randn(2, 4, 8)
+    out = kernel.fused_embedding_lookup(torch.tensor([[99, 1]]), table, padding_id=99)
+    assert torch.equal(out[0], table[1, 1])
+
+
+def test_ids_below_zero_read_row_zero(kernel):
+    table = torch.randn(2, 4, 8)
+    ids = torch.tensor([[-1, 1], [-(2**40), -5]])
+    out = kernel.fused_embedding_lookup(ids, table)
+    assert torch.equal(out, torch.stack([table[0, 0] + table[1, 1], table[0, 0] + table[1, 0]]))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.ones(3, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must have shape [4, 8]"),
+        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, -1, torch.float32), "num_rows must not be negative, got -1"),
+        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.int32), "dtype must be float32, float16, bfloat16 or float64, got Int"),
+        ((torch.ones(4, 8).int(), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must be float32, float16, bfloat16 or float64, got Int"),
+        ((torch.tensor(1.0), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must have shape [..., H]"),
+        ((torch.ones(8), torch.tensor(1), None, None, 4, torch.float32), "position_ids must have shape [..., K]"),
+    ],
+)  # fmt: skip
+def test_bad_argument_of_the_backward(kernel, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernel.op.ops.backward(*arguments)

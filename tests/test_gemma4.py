@@ -1,0 +1,220 @@
+"""The layer in transformers' own Gemma 4 classes, swapped in by `kernels.kernelize`."""
+
+import copy
+import inspect
+import types
+
+import pytest
+import torch
+from kernels import (
+    LocalLayerRepository,
+    Mode,
+    kernelize,
+    replace_kernel_forward_from_hub,
+    use_kernel_mapping,
+)
+from transformers import Gemma4VisionConfig, Gemma4VisionModel
+from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPatchEmbedder
+
+import reference
+
+NAME = "Gemma4VisionPatchEmbedder"
+
+
+@pytest.fixture
+def swap_in(variant_dir, monkeypatch):
+    """Returns a copy of a model into which `kernelize` has swapped the layer, having checked that it did."""
+    # What @use_kernel_forward_from_hub would have done to the class.
+    monkeypatch.setattr(Gemma4VisionPatchEmbedder, "kernel_layer_name", None, raising=False)
+    monkeypatch.setattr(Gemma4VisionPatchEmbedder, "kernel_condition", None, raising=False)
+    replace_kernel_forward_from_hub(Gemma4VisionPatchEmbedder, NAME)
+    repository = LocalLayerRepository(variant_dir, layer_name=NAME)
+
+    def swap(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE):
+        model = copy.deepcopy(model)
+        device = next(model.parameters()).device
+        with use_kernel_mapping({NAME: {device.type: repository}}, inherit_mapping=False):
+            kernelize(model, mode=mode, device=device.type)
+        embedders = [m for m in model.modules() if isinstance(m, Gemma4VisionPatchEmbedder)]
+        assert embedders
+        for embedder in embedders:
+            assert embedder.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
+        return model
+
+    return swap
+
+
+def config(**overrides):
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "position_embedding_size": 128,
+    }
+    return Gemma4VisionConfig(**(small | overrides))
+
+
+def embedder(dtype, **overrides):
+    module = Gemma4VisionPatchEmbedder(config(**overrides))
+    with torch.no_grad():
+        module.position_embedding_table.normal_()
+    return module.to(dtype)
+
+
+def images(dtype, padded=True):
+    """Two images of 9 x 6 and 6 x 6 patches, padded to 63 patches unless not."""
+    sizes = [(9, 6), (6, 6)] if padded else [(9, 6), (9, 6)]
+    patches = 63 if padded else 54
+    ids = torch.cat([reference.grid(1, patches, *size) for size in sizes])
+    pixels = torch.rand(2, patches, 3 * 16**2).to(dtype)
+    return pixels, ids, (ids == -1).all(-1)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", reference.FLOATS, ids=str)
+@pytest.mark.parametrize("padded", [True, False])
+def test_patch_embedder(swap_in, dtype, padded):
+    """Equal output; gradients as eager's, the table's within one unit in the last place of float64's."""
+    original = embedder(dtype)
+    ours = swap_in(original)
+    pixels, ids, padding = images(dtype, padded)
+    expected, actual = original(pixels, ids, padding), ours(pixels, ids, padding)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    actual.backward(grad)
+    assert torch.equal(ours.input_proj.weight.grad, original.input_proj.weight.grad)
+    exact, magnitude = reference.grad_table(grad, ids, 128, padding)
+    slack = 18 * 2.0**-52 * magnitude if dtype == torch.float64 else 0  # of the reference itself
+    error = (ours.position_embedding_table.grad.double() - exact).abs()
+    assert (error <= reference.ulp(exact, dtype) + slack).all()
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_patch_embedder_under_autocast(swap_in, autocast_dtype):
+    """The projection is 16-bit, the table float32: mixed dtypes, a float32 result."""
+    original = embedder(torch.float32)
+    ours = swap_in(original)
+    pixels, ids, padding = images(torch.float32)
+    with torch.autocast("cpu", autocast_dtype):
+        expected, actual = original(pixels, ids, padding), ours(pixels, ids, padding)
+    assert expected.dtype == actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    actual.backward(grad)
+    exact, _ = reference.grad_table(grad, ids, 128, padding)
+    error = (ours.position_embedding_table.grad.double() - exact).abs()
+    assert (error <= reference.ulp(exact, torch.float32)).all()
+    assert torch.equal(ours.input_proj.weight.grad, original.input_proj.weight.grad)
+
+
+@pytest.mark.kernels_ci
+def test_16_bit_table_under_a_float32_projection(swap_in):
+    original = embedder(torch.float32)
+    original.position_embedding_table.data = original.position_embedding_table.data.bfloat16()
+    ours = swap_in(original)
+    batch = images(torch.float32)
+    assert torch.equal(ours(*batch), original(*batch))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_vision_model(swap_in, dtype):
+    """The whole tower, forward and backward."""
+    original = Gemma4VisionModel(config()).to(dtype)
+    with torch.no_grad():
+        original.patch_embedder.position_embedding_table.normal_()
+    ours = swap_in(original)
+    pixels, ids, _ = images(dtype)
+    expected = original(pixels, ids).last_hidden_state
+    actual = ours(pixels, ids).last_hidden_state
+    assert torch.equal(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    for (name, expected), actual in zip(original.named_parameters(), ours.parameters()):
+        if name != "patch_embedder.position_embedding_table":
+            assert torch.equal(actual.grad, expected.grad), name
+
+
+def test_vision_model_compiled(swap_in):
+    """No graph break comes from the layer: its part of the model compiles whole."""
+    original = embedder(torch.float32)
+    compiled = torch.compile(swap_in(original), fullgraph=True)
+    batch = images(torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*batch), original(*batch))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    "mode", [Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE]
+)
+def test_every_mode_is_served(swap_in, mode):
+    swap_in(embedder(torch.float32), mode)
+
+
+@pytest.mark.kernels_ci
+def test_layer_is_pure(kernel):
+    layer = kernel.layers.Gemma4VisionPatchEmbedder
+    own = {name for name in vars(layer) if not name.startswith("__")}
+    assert own == {"forward", "has_backward", "can_torch_compile"}
+    assert layer.has_backward and layer.can_torch_compile
+    ours = inspect.signature(layer.forward).parameters
+    assert list(ours) == list(inspect.signature(Gemma4VisionPatchEmbedder.forward).parameters)
+
+
+@pytest.mark.kernels_ci
+def test_input_proj_is_called_as_a_module(swap_in):
+    """So that LoRA wrappers, quantised weights and hooks on it keep working."""
+    ours = swap_in(embedder(torch.float32))
+    calls = []
+    ours.input_proj.register_forward_hook(lambda *_: calls.append(1))
+    ours(*images(torch.float32))
+    assert calls == [1]
+
+
+@pytest.mark.kernels_ci
+def test_quantised_input_proj_keeps_pixel_values_float(swap_in):
+    """With integer weights the original leaves the pixels' dtype alone; so do we."""
+    original = embedder(torch.float32)
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+    seen = []
+
+    class Quantised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x.new_zeros(*x.shape[:-1], 64)
+
+    original.input_proj = Quantised()
+    batch = images(torch.float32)
+    assert torch.equal(swap_in(original)(*batch), original(*batch))
+    assert seen == [torch.float32] * 2
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", reference.FLOATS, ids=str)
+def test_layout_is_the_original(kernel, dtype):
+    """Same constructor, same parameters, same forward: checkpoints load, and it is a true fallback."""
+    original = embedder(dtype)
+    layout = kernel.layers.Gemma4VisionPatchEmbedderLayout(config()).to(dtype)
+    layout.load_state_dict(original.state_dict(), strict=True)
+    shapes = {name: p.shape for name, p in original.named_parameters()}
+    assert {name: p.shape for name, p in layout.named_parameters()} == shapes
+    assert (layout.hidden_size, layout.patch_size) == (original.hidden_size, original.patch_size)
+    assert layout.position_embedding_size == original.position_embedding_size
+    batch = images(dtype)
+    assert torch.equal(layout(*batch), original(*batch))
+    # And the layer's forward runs on it, as `kernelize` makes it.
+    layout.forward = types.MethodType(kernel.layers.Gemma4VisionPatchEmbedder.forward, layout)
+    assert torch.equal(layout(*batch), original(*batch))

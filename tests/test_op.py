@@ -1,0 +1,267 @@
+"""The op against transformers' formulas, bit for bit, and its gradient against float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference import FLOATS
+
+
+def restride(tensor, how):
+    """The same values, laid out differently; whatever lies between them is NaN or out of range."""
+    if how == "contiguous" or tensor.dim() == 0:
+        return tensor.contiguous()
+    poison = (
+        math.nan if tensor.is_floating_point() else (1 if tensor.dtype == torch.bool else 2**30)
+    )
+    if how == "offset":
+        buffer = torch.full((tensor.numel() + 3,), poison, dtype=tensor.dtype)
+        view = buffer[3:].view(tensor.shape)
+    elif how == "rows apart":  # a slice of a tensor with longer rows
+        buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), poison, dtype=tensor.dtype)
+        view = buffer[..., 2 : tensor.shape[-1] + 2]
+    elif how == "elements apart":
+        buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] * 2), poison, dtype=tensor.dtype)
+        view = buffer[..., ::2]
+    elif how == "reversed":  # dimensions in memory from the last to the first
+        view = torch.empty(tensor.shape[::-1], dtype=tensor.dtype).permute(
+            *range(tensor.dim())[::-1]
+        )
+    elif how == "leading reversed":  # the same, with the last left where it is
+        leading = range(tensor.dim() - 1)
+        shape = [tensor.shape[i] for i in leading][::-1] + [tensor.shape[-1]]
+        view = torch.empty(shape, dtype=tensor.dtype).permute(*leading[::-1], tensor.dim() - 1)
+    elif how == "expanded":  # stride 0 in the first dimension: the first entry, repeated
+        return tensor[:1].expand(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+ANY_LAYOUT = [
+    "contiguous",
+    "offset",
+    "rows apart",
+    "elements apart",
+    "reversed",
+    "leading reversed",
+]
+ANY_LAYOUT.append("expanded")
+TABLE_LAYOUT = ["contiguous", "offset", "rows apart", "leading reversed", "expanded"]
+
+
+@st.composite
+def problems(draw):
+    """Everything the op takes: shapes, dtypes, layouts, ids below zero, padding, padding_id."""
+    leading = draw(st.lists(st.integers(0, 5), min_size=0, max_size=3))
+    axes = draw(st.integers(1, 4))
+    rows = draw(st.integers(1, 9))
+    hidden = draw(st.sampled_from([1, 2, 3, 7, 16, 31, 32, 64, 65, 100, 257, 300]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def floats(shape, dtype, layouts):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        # A wide range of exponents: rounding, subnormal float16 and overflow to infinity.
+        values = values * 2.0 ** torch.randint(-18, 14, shape, generator=generator)
+        return restride(values.to(dtype), draw(st.sampled_from(layouts)))
+
+    table = floats((axes, rows, hidden), draw(st.sampled_from(FLOATS)), TABLE_LAYOUT)
+    residual_dtype = draw(st.sampled_from((None, *FLOATS)))
+    residual = None
+    if residual_dtype is not None:
+        residual = floats(
+            (*leading, hidden), residual_dtype, ANY_LAYOUT if leading else ANY_LAYOUT[:-1]
+        )
+    id_dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    ids = torch.randint(-3, rows, (*leading, axes), generator=generator, dtype=id_dtype)
+    ids = restride(ids, draw(st.sampled_from(ANY_LAYOUT if leading else ANY_LAYOUT[:-1])))
+    padding = None
+    if draw(st.booleans()):
+        padding = torch.rand(leading, generator=generator) < 0.3
+        padding = restride(padding, draw(st.sampled_from(ANY_LAYOUT)))
+    padding_id = draw(st.sampled_from([None, -1, 0, 2]))
+    return ids, table, padding, residual, padding_id
+
+
+@given(problem=problems())
+@settings(max_examples=400, deadline=None)
+def test_forward_equals_eager(kernel, problem):
+    ids, table, padding, residual, padding_id = problem
+    torch.use_deterministic_algorithms(True)  # poisons fresh memory
+    try:
+        actual = kernel.fused_embedding_lookup(
+            ids, table, padding=padding, residual=residual, padding_id=padding_id
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = reference.eager(ids, table, padding, residual, padding_id)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(problem=problems(), grad_layout=st.sampled_from([*ANY_LAYOUT, "broadcast"]), data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_backward_rounds_the_exact_sum(kernel, problem, grad_layout, data):
+    ids, table, padding, residual, padding_id = problem
+    table = table.detach().clone().requires_grad_()
+    if residual is not None:
+        residual = residual.detach().requires_grad_()
+    out = kernel.fused_embedding_lookup(
+        ids, table, padding=padding, residual=residual, padding_id=padding_id
+    )
+    grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    if grad_layout == "broadcast":
+        grad = grad.new_tensor(0.75).expand(out.shape)
+    elif grad_layout != "expanded" or out.dim() > 1:
+        grad = restride(grad, grad_layout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        out.backward(grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert table.grad.dtype == table.dtype
+    exact, magnitude = reference.grad_table(grad, ids, table.shape[1], padding, padding_id)
+    # float64 is summed in float64, the 16-bit types in float32, float32 in float64.
+    sum_eps = {torch.float64: 2.0**-52, torch.float32: 2.0**-52}.get(table.dtype, 2.0**-23)
+    terms = max(1, ids[..., 0].numel())
+    bound = reference.ulp(exact, table.dtype) / 2 + terms * sum_eps * magnitude
+    assert ((table.grad.double() - exact).abs() <= bound).all()
+    if residual is not None:
+        assert torch.equal(residual.grad, grad.to(residual.dtype))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradient_within_one_ulp_at_real_size(kernel, dtype):
+    """The issue's own bar: 2 images of 60 x 40 patches, so 80 or 120 terms a sum."""
+    ids = reference.grid(2, 2520, 60, 40)
+    padding = (ids == -1).all(-1)
+    table = torch.randn(2, 256, 768, dtype=dtype, requires_grad=True)
+    out = kernel.fused_embedding_lookup(ids, table, padding=padding)
+    grad = torch.randn(out.shape, dtype=dtype)
+    out.backward(grad)
+    exact, magnitude = reference.grad_table(grad, ids, 256, padding)
+    error = (table.grad.double() - exact).abs()
+    if dtype == torch.float64:  # the reference itself is no better than this
+        assert (error <= 120 * 2.0**-52 * magnitude).all()
+    else:
+        assert (error <= reference.ulp(exact, dtype)).all()
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("residual_dtype", [None, *FLOATS], ids=str)
+def test_forward_equals_eager_at_real_size(kernel, poison, dtype, residual_dtype):
+    ids = reference.grid(2, 2520, 60, 40)
+    padding = (ids == -1).all(-1)
+    table = torch.randn(2, 10240, 768, dtype=torch.float32).to(dtype)
+    residual = None if residual_dtype is None else torch.randn(2, 2520, 768).to(residual_dtype)
+    actual = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
+    assert torch.equal(actual, reference.eager(ids, table, padding, residual))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+def test_forward_equals_the_one_hot_formula(kernel, dtype):
+    ids = reference.grid(2, 130, 12, 10)
+    padding = (ids == -1).all(-1)
+    table = torch.randn(2, 64, 96).to(dtype)
+    residual = torch.randn(2, 130, 96).to(dtype)
+    actual = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
+    assert torch.equal(actual, reference.one_hot(ids, table, padding, residual))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_special_values(kernel, dtype):
+    """Infinities, NaN, signed zeros, ties and the largest numbers come through as in eager."""
+    largest = torch.finfo(dtype).max
+    tie = 1 + torch.finfo(dtype).eps  # 1 + eps + half an eps, in float32: to even
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, largest, -largest, tie, -tie, 1e-8, -1e-8]
+    values += [torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal / 4, 1.0, 65504.0, 3e38]
+    row = torch.tensor(values, dtype=torch.float64).to(dtype)
+    n = len(row)
+    table = torch.stack([row.repeat_interleave(n), row.repeat(n)])[:, None]
+    residual = table[:, 0].flip(0)[:1].roll(7, dims=1)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    actual = kernel.fused_embedding_lookup(ids, table, residual=residual)
+    expected = reference.eager(ids, table, residual=residual)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
+
+
+@pytest.mark.kernels_ci
+def test_padded_tokens_take_the_residual_whatever_their_ids(kernel):
+    table = torch.full((2, 3, 40), math.nan)
+    ids = torch.tensor([[-1, -1], [2, 0], [-7, 1]])
+    residual = torch.randn(3, 40)
+    padding = torch.ones(3, dtype=torch.bool)
+    out = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
+    assert torch.equal(out, residual)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0, 2), (0, 5, 1)])
+def test_no_tokens(kernel, poison, shape):
+    table = torch.randn(shape[-1], 4, 8, requires_grad=True)
+    residual = torch.randn(*shape[:-1], 8, requires_grad=True)
+    padding = torch.zeros(shape[:-1], dtype=torch.bool)
+    ids = torch.empty(shape, dtype=torch.int64)
+    out = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
+    assert out.shape == (*shape[:-1], 8)
+    out.sum().backward()
+    assert torch.equal(table.grad, torch.zeros_like(table))
+
+
+@pytest.mark.kernels_ci
+def test_no_columns(kernel):
+    out = kernel.fused_embedding_lookup(torch.zeros(5, 2, dtype=torch.int64), torch.empty(2, 3, 0))
+    assert out.shape == (5, 0)
+
+
+@pytest.mark.kernels_ci
+def test_many_distinct_ids(kernel, poison):
+    """Thousands of rows in use: the backward's sums no longer fit the cache, so it takes passes."""
+    ids = torch.randint(0, 3000, (6000, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.randn(3, 3000, 200, dtype=dtype, requires_grad=True)
+        out = kernel.fused_embedding_lookup(ids, table)
+        grad = torch.randn(out.shape, dtype=dtype)
+        out.backward(grad)
+        exact, _ = reference.grad_table(grad, ids, 3000)
+        assert ((table.grad.double() - exact).abs() <= reference.ulp(exact, dtype)).all()
+
+
+@pytest.mark.kernels_ci
+def test_many_token_dimensions(kernel):
+    """Eight leading dimensions that can't be merged are walked; a ninth is refused."""
+    table = torch.randn(1, 4, 5)
+    ids = torch.randint(0, 4, (3,) * 8 + (1,))[(slice(None, None, 2),) * 8]
+    expected = reference.eager(ids, table)
+    assert torch.equal(kernel.fused_embedding_lookup(ids, table), expected)
+    ids = torch.zeros((3,) * 9 + (1,), dtype=torch.int64)[(slice(None, None, 2),) * 9]
+    with pytest.raises(ValueError, match="position_ids.*more than 8 leading dimensions"):
+        kernel.fused_embedding_lookup(ids, table)
+
+
+def test_backward_is_deterministic(kernel):
+    """The same bits from 20 runs, on 1, 2 and 7 threads, from every number of columns per thread."""
+    ids = reference.grid(3, 2520, 60, 40)
+    padding = (ids == -1).all(-1)
+    default_threads = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.randn(2, 100, 768, dtype=dtype, requires_grad=True)
+        grad = torch.randn(3, 2520, 768, dtype=dtype)
+        results = []
+        try:
+            for run in range(20):
+                torch.set_num_threads([1, 2, 7][run % 3])
+                out = kernel.fused_embedding_lookup(ids, table, padding=padding)
+                results.append(torch.autograd.grad(out, table, grad)[0])
+        finally:
+            torch.set_num_threads(default_threads)
+        assert all(torch.equal(results[0], result) for result in results[1:])

@@ -1,0 +1,159 @@
+"""The package: what kernel-builder reads, and the layout in which the local build leaves it."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from kernels import get_loaded_kernels
+from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+
+from conftest import REPO_ID, ROOT
+
+pytestmark = pytest.mark.kernels_ci
+
+CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
+SECTIONS = [CONFIG["torch"], *CONFIG["kernel"].values()]
+
+
+def test_build_toml_is_what_kernel_builder_takes():
+    build = Build.open(ROOT)
+    assert [str(backend) for backend in build.general.backends] == CONFIG["general"]["backends"]
+    assert CONFIG["general"]["hub"]["repo-id"] == REPO_ID
+    # Each backend has a kernel section and a stable ABI version, and the other way round.
+    backends = set(CONFIG["general"]["backends"])
+    assert {kernel["backend"] for kernel in CONFIG["kernel"].values()} == backends
+    assert backends <= set(CONFIG["torch"]["stable-abi"])
+
+
+def test_build_toml_lists_every_source_once_and_none_that_is_missing():
+    on_disk = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "torch-ext")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix in {".h", ".cpp", ".cu", ".cuh", ".mm", ".metal"}
+    }
+    listed = [source for section in SECTIONS for source in section["src"]]
+    assert set(listed) == on_disk
+    compiled = [source for source in listed if not source.endswith((".h", ".cuh"))]
+    assert len(compiled) == len(set(compiled))
+
+
+def test_flake_parses():
+    nix = shutil.which("nix-instantiate")
+    if nix is None:
+        pytest.skip("nix-instantiate is not installed (Debian: apt-get install nix-bin)")
+    subprocess.run([nix, "--parse", ROOT / "flake.nix"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_card_fills():
+    """The template renders with what kernel-builder gives it."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Environment(trim_blocks=True).from_string((ROOT / "CARD.md").read_text())
+    card = template.render(
+        repo_id=REPO_ID,
+        version=1,
+        license="apache-2.0",
+        functions=["fused_embedding_lookup"],
+        layers=["Gemma4VisionPatchEmbedder"],
+        has_benchmark=True,
+        source=None,
+    )
+    assert "{" not in card.replace('{"Gemma4VisionPatchEmbedder": {"cpu": layer}}', "")
+    assert f'get_kernel("{REPO_ID}", version=1)' in card
+
+
+def test_variant_layout(kernel, variant_dir):
+    """kernel-builder's: the package's files, flat, with the extension, _ops.py and metadata.json."""
+    package = {path.name for path in (ROOT / "torch-ext" / "fused_embedding_lookup").glob("*.py")}
+    files = {path.name for path in variant_dir.iterdir() if path.name != "__pycache__"}
+    assert files == package | {"_ops.py", "metadata.json", f"{kernel.__name__}.abi3.so"}
+    assert not (variant_dir / "fused_embedding_lookup").exists()
+
+
+def test_metadata(kernel, variant_dir, device):
+    metadata = Metadata.read_from_file(variant_dir / "metadata.json")
+    assert metadata.id == kernel.__name__
+    assert (str(metadata.name), metadata.version) == ("fused-embedding-lookup", 1)
+    assert metadata.license == "Apache-2.0"
+    assert str(metadata.backend.backend_type) == device.type
+    metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant_dir))
+    keys = list(json.loads((variant_dir / "metadata.json").read_text()))
+    assert keys == sorted(
+        keys,
+        key=[
+            "name",
+            "id",
+            "version",
+            "license",
+            "python-depends",
+            "kernel-depends",
+            "backend",
+            "digest",
+        ].index,
+    )
+
+
+def test_loaded_through_kernels(kernel):
+    """What the tests test is what `kernels` loaded, under a name of its own."""
+    assert kernel in [loaded.module for loaded in get_loaded_kernels()]
+    assert re.fullmatch(r"_fused_embedding_lookup_[a-z]+_[0-9a-f]{7}(_dirty)?", kernel.__name__)
+    assert kernel.op.add_op_namespace_prefix("forward") == f"{kernel.__name__}::forward"
+    assert sorted(kernel.__all__) == ["fused_embedding_lookup", "layers"]
+
+
+PYTHON_FILES = sorted((ROOT / "torch-ext").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.name)
+def test_python_is_for_3_9_and_imports_only_torch_and_itself(path):
+    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [node.module]
+        else:
+            continue
+        for module in modules:
+            top = module.split(".")[0]
+            assert top == "torch" or top in sys.stdlib_module_names, module
+
+
+def test_ops_are_registered_only_through_the_namespace_prefix():
+    for path in PYTHON_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr.startswith("register_") or node.func.attr == "custom_op":
+                name = node.args[0]
+                assert isinstance(name, ast.Call) and name.func.id == "add_op_namespace_prefix"
+
+
+def undefined_symbols(extension: Path):
+    """The dynamic symbols that the extension takes from elsewhere, and all that it defines."""
+    lines = subprocess.run(
+        ["nm", "--dynamic", extension], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    undefined = [line.split()[-1] for line in lines if " U " in line or " w " in line]
+    return undefined, [line.split()[-2:] for line in lines if " U " not in line]
+
+
+def test_extension_needs_only_the_stable_abis(variant_dir):
+    """Of torch its C shims, of Python the limited API, of C++ the standard library."""
+    (extension,) = variant_dir.glob("*.abi3.so")
+    undefined, defined = undefined_symbols(extension)
+    python = [name for name in undefined if name.startswith(("Py", "_Py"))]
+    assert python == ["PyModule_Create2"]
+    torch_symbols = [n for n in undefined if n.startswith(("torch_", "aoti_torch_"))]
+    assert torch_symbols
+    rest = set(undefined) - set(python) - set(torch_symbols)
+    # The C++ and C libraries; torch exports parts of the former too, without a version.
+    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZNK?St|_ITM_|__gmon_start__")
+    assert not [name for name in rest if not system.match(name)]
+    assert not [name for kind, name in defined if kind == "u"]  # GNU unique
