@@ -101,11 +101,7 @@ def build_variant(config: dict, backend: Backend, output: Path, sanitize: bool):
     )
 
     print(f"{variant}: compiling", flush=True)
-    status = subprocess.call(
-        [Path(ninja.BIN_DIR) / "ninja", "-C", objects, "--quiet"]
-        if not sys.stdout.isatty()
-        else [Path(ninja.BIN_DIR) / "ninja", "-C", objects]
-    )
+    status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
     if status != 0:
         sys.exit(status)
     lay_out(config, backend, kernel_id, objects / "extension.so", output / variant)
@@ -121,6 +117,12 @@ def ninja_file(
         sys.exit(
             f"error: no C++ compiler: `{compiler}` is not on the PATH. "
             "Install one (Debian: apt-get install g++) or set CXX."
+        )
+    python_include = Path(sysconfig.get_path("include"))
+    if not (python_include / "Python.h").exists():
+        sys.exit(
+            f"error: no Python headers: {python_include / 'Python.h'} is missing. "
+            "Install them (Debian: apt-get install python3-dev)."
         )
     torch_dir = Path(torch.__file__).parent
     major, minor = (int(part) for part in abi.split("."))
@@ -139,7 +141,7 @@ def ninja_file(
         f"-I{ROOT / 'csrc'}",
         f"-I{objects}",
         f"-isystem {torch_dir / 'include'}",
-        f"-isystem {sysconfig.get_path('include')}",
+        f"-isystem {python_include}",
     ]
     # Without a NEEDED entry torch's symbols stay undefined: the loader opens extensions locally.
     link_flags = [

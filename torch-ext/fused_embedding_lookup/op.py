@@ -96,9 +96,11 @@ def _backward_setup_context(ctx, inputs, output):
 
 
 def _backward_backward(ctx, grad_grad_table):
-    # The backward is linear in `grad`, and the forward is its adjoint.
+    # The backward is linear in `grad`, and the forward is its adjoint. Autograd may hand over a
+    # table of any strides, one number expanded to all of it for example.
     position_ids, padding = ctx.saved_tensors
-    grad_grad = ops.forward(position_ids, grad_grad_table, padding, None, ctx.padding_id)
+    table = grad_grad_table.contiguous()
+    grad_grad = ops.forward(position_ids, table, padding, None, ctx.padding_id)
     return grad_grad.to(ctx.grad_dtype), None, None, None, None, None
 
 
