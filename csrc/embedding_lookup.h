@@ -189,6 +189,7 @@ inline void merge_token_dims(Lookup& lookup, const Tensor& ids,
     lookup.padding_strides[next] = padding_stride;
     lookup.rows_strides[next] = rows_stride;
   }
+  if (lookup.num_tokens == 0) lookup.num_token_dims = 0;  // there is no index to decompose
 }
 
 // Checks what both directions take and fills what they share.

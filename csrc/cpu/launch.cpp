@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 
 #ifdef __linux__
@@ -177,7 +176,7 @@ void launch_backward(const Backward& params, const Tensor& like) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t column = pass + block * width;
         char* block_sums = sums + block * block_bytes;
-        std::memset(block_sums, 0, block_bytes);
+        std::fill_n(block_sums, block_bytes, char{0});
         kernels().accumulate(params, slots, column, std::min(width, hidden - column), block_sums);
       }
     });
@@ -187,7 +186,7 @@ void launch_backward(const Backward& params, const Tensor& like) {
         char* out = grad_table + row * hidden * element;
         const int64_t slot = slot_of_row[row];
         if (slot < 0) {
-          if (pass == 0) std::memset(out, 0, hidden * element);
+          if (pass == 0) std::fill_n(out, hidden * element, char{0});
           continue;
         }
         for (int64_t block = 0; block < blocks; ++block) {

@@ -1,0 +1,54 @@
+# make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
+# make test   everything that is tested (ARGS="-k gradcheck")
+# make bench  the kernel against its peers, interleaved (ARGS="--json out.json")
+# make asan   the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make lint   formatting and static checks
+# make format apply the formatting
+# make clean  remove everything that the above made
+
+.PHONY: demo test bench asan lint format clean build
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp torch-ext/*.h torch-ext/*.cpp)
+
+demo: build
+	$(RUN) examples/gemma4_vision.py $(ARGS)
+
+test: build
+	$(RUN) -m pytest $(ARGS)
+
+bench: build
+	$(RUN) benchmarks/compare.py $(ARGS)
+
+# Python itself isn't instrumented, so the runtimes go in first, and leaks can't be told from Python's
+# own. Not captured (-s): a report ends the process. torch.compile would only build more code.
+asan: $(VENV)/installed
+	$(RUN) tools/build.py --sanitize --output .build/asan
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
+	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+build: $(VENV)/installed
+	$(RUN) tools/build.py
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .build build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
