@@ -1,0 +1,193 @@
+"""The kernel against its peers, interleaved in one run.
+
+    make bench
+    make bench ARGS="--batch 40 --dtype bf16 --json out.json"
+
+Every round times each peer once, forward and backward, in turn: what disturbs the machine disturbs
+all of them. The table shows medians, our speed-up over each peer, and what share of the bandwidth of
+a plain copy we reach on the bytes that the op has to move. Results are fresh tensors, as in a model,
+so page faults count; the copy's are warm, so it is the memory's limit and not the allocator's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import kernels
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--patches", type=int, default=2520, help="per image; 1 in 21 is padding")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=10240, help="P, the table's rows per axis")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: fp32 and bf16")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    args = parser.parse_args()
+
+    device = torch.device("cpu")
+    kernel = kernels.get_local_kernel(ROOT, backend=device.type)
+    report = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": kernel.__name__.split("_", 5)[-1],
+        "machine": machine(kernel),
+        "shape": {key: getattr(args, key) for key in ("batch", "patches", "hidden", "rows")},
+        "rounds": args.rounds,
+        "results": [],
+    }
+    for dtype in args.dtype or ["fp32", "bf16"]:
+        for direction, result in measure(kernel, args, dtype).items():
+            report["results"].append({"dtype": dtype, "direction": direction, **result})
+
+    print(", ".join(f"{key}: {value}" for key, value in report["machine"].items()))
+    print(
+        f"B={args.batch} N={args.patches} H={args.hidden} P={args.rows}, medians of {args.rounds}"
+    )
+    rows = []
+    for result in report["results"]:
+        times = result["median_ms"]
+        row = {"": f"{result['direction']} {result['dtype']}"}
+        row["ours (ms)"] = f"{times['ours']:.2f}"
+        for peer in times:
+            if peer not in ("ours", "copy"):
+                row[f"vs {peer}"] = f"{times[peer] / times['ours']:.2f}x"
+        row["must move"] = f"{result['bytes'] / 1e6:.0f} MB"
+        row["copy"] = f"{result['bytes'] / times['copy'] / 1e6:.0f} GB/s"
+        row["share"] = f"{times['copy'] / times['ours']:.0%}"
+        rows.append(row)
+    print(tabulate(rows, headers="keys", tablefmt="simple_outline"))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"Wrote {args.json}")
+
+
+def measure(kernel, args, dtype_name):
+    """Time all peers for one dtype. Returns, per direction, medians, quartiles and bytes."""
+    dtype = DTYPES[dtype_name]
+    position_ids, padding = images(args.batch, args.patches)
+    table = torch.randn(2, args.rows, args.hidden, dtype=dtype, requires_grad=True)
+    residual = torch.randn(args.batch, args.patches, args.hidden, dtype=dtype, requires_grad=True)
+    grad = torch.randn_like(residual)
+    arguments = (position_ids, table, padding, residual)
+
+    def ours(position_ids, table, padding, residual):
+        return kernel.fused_embedding_lookup(
+            position_ids, table, padding=padding, residual=residual
+        )
+
+    torch._dynamo.reset()
+    peers = {
+        "ours": ours,
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+        "embedding_bag": embedding_bag,
+    }
+    expected = eager(*arguments)
+    for peer in peers.values():  # the peers round in other places than eager does, we don't
+        atol = 0 if peer is ours else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(peer(*arguments), expected, rtol=atol, atol=atol)
+
+    distinct = 2 * position_ids.flatten(0, 1).unique(dim=0).amax().item() + 2
+    element = residual.element_size()
+    ids_bytes = position_ids.nbytes + padding.nbytes
+    bytes_moved = {
+        "forward": 2 * residual.nbytes + ids_bytes + distinct * args.hidden * element,
+        "backward": grad.nbytes + table.nbytes + ids_bytes,
+    }
+    copies = {}
+    for direction, size in bytes_moved.items():
+        source = torch.ones(size // 2, dtype=torch.uint8)
+        copies[direction] = (torch.empty_like(source), source)
+
+    times = {direction: {name: [] for name in [*peers, "copy"]} for direction in bytes_moved}
+    for _ in tqdm(range(-3, args.rounds), desc=dtype_name, unit="round"):
+        for name, peer in peers.items():
+            out, seconds = timed(lambda peer=peer: peer(*arguments))
+            times["forward"][name].append(seconds)
+            _, seconds = timed(lambda out=out: torch.autograd.grad(out, (table, residual), grad))
+            times["backward"][name].append(seconds)
+            del out
+        for direction, (target, source) in copies.items():
+            _, seconds = timed(lambda target=target, source=source: target.copy_(source))
+            times[direction]["copy"].append(seconds)
+
+    result = {}
+    for direction, of_peer in times.items():
+        milliseconds = {name: [s * 1e3 for s in seconds[3:]] for name, seconds in of_peer.items()}
+        quartiles = {name: statistics.quantiles(ms, n=4) for name, ms in milliseconds.items()}
+        result[direction] = {
+            "bytes": bytes_moved[direction],
+            "median_ms": {name: round(q[1], 4) for name, q in quartiles.items()},
+            "quartiles_ms": {
+                name: [round(q[0], 4), round(q[2], 4)] for name, q in quartiles.items()
+            },
+        }
+    return result
+
+
+def images(batch, patches):
+    """Ids and padding of images of 3 : 2 that fill 20/21 of `patches`, as 60 x 40 does of 2520."""
+    unit = int((patches * 20 / 21 / 6) ** 0.5)
+    x, y = torch.meshgrid(torch.arange(3 * unit), torch.arange(2 * unit), indexing="xy")
+    position_ids = torch.full((batch, patches, 2), -1)
+    position_ids[:, : x.numel()] = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    return position_ids, (position_ids == -1).all(-1)
+
+
+def eager(position_ids, table, padding, residual):
+    """transformers since 5.10."""
+    x, y = position_ids.clamp(min=0).unbind(-1)
+    embedding = F.embedding(x, table[0]) + F.embedding(y, table[1])
+    return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
+
+
+def embedding_bag(position_ids, table, padding, residual):
+    """Both axes in one lookup of PyTorch's own fused lookup-and-sum."""
+    axes, rows, hidden = table.shape
+    ids = position_ids.clamp(min=0) + torch.arange(axes) * rows
+    embedding = F.embedding_bag(ids.view(-1, axes), table.view(-1, hidden), mode="sum")
+    embedding = embedding.view(*position_ids.shape[:-1], hidden)
+    return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
+
+
+def timed(function):
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def machine(kernel):
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "instructions": kernel.op.ops.cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
