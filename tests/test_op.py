@@ -165,6 +165,21 @@ def test_forward_equals_eager_at_real_size(kernel, poison, dtype, residual_dtype
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.parametrize("hidden", [768, 770])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_large_result(kernel, poison, dtype, hidden):
+    """Results of 16 MiB or more go past the caches, if their rows are aligned."""
+    ids = reference.grid(5, 2520, 60, 40)
+    padding = (ids == -1).all(-1)
+    table = torch.randn(2, 64, hidden, dtype=torch.float32).to(dtype)
+    residual = torch.randn(5, 2520, hidden).to(dtype)
+    for args in ({"padding": padding}, {"residual": residual}):
+        actual = kernel.fused_embedding_lookup(ids, table, **args)
+        assert actual.nbytes >= 2**24
+        assert torch.equal(actual, reference.eager(ids, table, **args))
+
+
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_forward_equals_the_one_hot_formula(kernel, dtype):
     ids = reference.grid(2, 130, 12, 10)

@@ -19,8 +19,9 @@ struct CpuKernels {
   const char* name;
 
   // The forward of tokens [begin, end). Returns the position (token * K + axis) of the first id
-  // that is too large, whose token is left unwritten, or -1.
-  int64_t (*forward)(const Forward& params, int64_t begin, int64_t end);
+  // that is too large, whose token is left unwritten, or -1. `stream`: write the result past the
+  // caches, which takes rows that start at multiples of 64 bytes.
+  int64_t (*forward)(const Forward& params, int64_t begin, int64_t end, bool stream);
 
   // Adds columns [column, column + width) of the gradient to `sums` [slots, width]: token t is
   // added to the rows slots[t * K + axis] that are not -1. The sums are float32 for a 16-bit table,

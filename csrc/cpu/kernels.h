@@ -20,6 +20,10 @@ using c10::Half;
 // Rows that are not contiguous are gathered this many elements at a time.
 constexpr int64_t kGather = 256;
 
+// Residual and gradient are read once, in the order of the tokens, from memory. Each row is asked
+// for this many tokens ahead: the hardware's own prefetch starts anew with every page.
+constexpr int64_t kTokensAhead = 4;
+
 // ----- dtypes --------------------------------------------------------------------------------
 
 struct None {};  // the residual's type when there is none
@@ -96,15 +100,54 @@ void visit(ScalarType dtype, const F& f) {
 
 // ----- vectors -------------------------------------------------------------------------------
 
-// The compiler vectorises plain loops well, except for rounding to 16-bit types. Those go through
-// Block<T>: kSize values of T as float32, in two vectors of the instruction set's width.
+// The forward's main path works on Block<T>: kSize values of T as float32, in two vectors. Plain
+// loops would do but for two things that compilers don't do well or at all: rounding to 16-bit
+// types, and streaming stores, which write a result too large for the caches without reading it
+// into them.
 
 typedef float Floats __attribute__((vector_size(CPU_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(CPU_VECTOR_BYTES)));
 
+template <bool kStream>
+void store(void* to, Words words) {
+  if constexpr (kStream) {
+#if CPU_VECTOR_BYTES == 64
+    return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)words);
+#elif CPU_VECTOR_BYTES == 32
+    return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)words);
+#endif
+  }
+  __builtin_memcpy(to, &words, sizeof(words));
+}
+
 template <typename T>
 struct Block {
-  static constexpr int64_t kSize = 0;  // none for this type: a loop over single elements will do
+  static constexpr int64_t kSize = 0;  // none for this type
+};
+
+template <>
+struct Block<float> {
+  static constexpr int64_t kSize = CPU_VECTOR_BYTES / 2;
+  Floats first, second;
+
+  static Block load(const float* from) {
+    Block block;
+    __builtin_memcpy(&block, from, sizeof(block));
+    return block;
+  }
+
+  void add(const Block& other) {
+    first += other.first;
+    second += other.second;
+  }
+
+  void round() {}
+
+  template <bool kStream>
+  void round_and_store(float* to) {
+    store<kStream>(to, (Words)first);
+    store<kStream>(to + kSize / 2, (Words)second);
+  }
 };
 
 // Each 32-bit word holds two bfloat16: first the upper halves, which are float32 already but for
@@ -132,10 +175,10 @@ struct Block<BFloat16> {
     lower = (lower + 0x7fff + ((lower >> 16) & 1)) & 0xffff0000u;
   }
 
+  template <bool kStream>
   void round_and_store(BFloat16* to) {
     round();
-    const Words words = upper | (lower >> 16);
-    __builtin_memcpy(to, &words, sizeof(words));
+    store<kStream>(to, upper | (lower >> 16));
   }
 };
 
@@ -165,37 +208,51 @@ struct Block<Half> {
     second = unpack(pack(second));
   }
 
+  template <bool kStream>
   void round_and_store(Half* to) {
     auto* packed = reinterpret_cast<__m128i*>(to);
-    _mm_storeu_si128(packed, pack(first));
-    _mm_storeu_si128(packed + 1, pack(second));
+    if constexpr (kStream) {
+      _mm_stream_si128(packed, pack(first));
+      _mm_stream_si128(packed + 1, pack(second));
+    } else {
+      _mm_storeu_si128(packed, pack(first));
+      _mm_storeu_si128(packed + 1, pack(second));
+    }
   }
 };
 #endif
 
 // ----- rows ----------------------------------------------------------------------------------
 
+// The part of forward_row that goes in blocks, from column 0. Returns how many columns it did.
+template <bool kStream, int N, typename T, typename Residual>
+int64_t forward_blocks(const T* const* rows, const Residual* residual, T* out, int64_t width) {
+  int64_t h = 0;
+  for (; h + Block<T>::kSize <= width; h += Block<T>::kSize) {
+    auto value = Block<T>::load(rows[0] + h);
+    for (int n = 1; n < N; ++n) value.add(Block<T>::load(rows[n] + h));
+    if constexpr (!std::is_same_v<Residual, None>) {
+      if constexpr (N > 1) value.round();
+      value.add(Block<T>::load(residual + h));
+    }
+    value.template round_and_store<kStream>(out + h);
+  }
+  return h;
+}
+
 // out[h] = residual[h] + round_to_Table(rows[0][h] + ... + rows[N - 1][h])
 template <int N, typename Table, typename Residual, typename Out>
 void forward_row(const Table* const* table_rows, const Residual* residual, Out* __restrict out,
-                 int64_t width) {
-  constexpr bool kHasResidual = !std::is_same_v<Residual, None>;
+                 int64_t width, bool stream) {
   using Math = typename OpMath<Out>::type;
   const Table* rows[N + 1];
   for (int n = 0; n < N; ++n) rows[n] = table_rows[n];
 
   int64_t h = 0;
-  if constexpr (Block<Table>::kSize > 0 && std::is_same_v<Table, Out> && N > 0) {
-    constexpr int64_t kSize = Block<Table>::kSize;
-    for (; h + kSize <= width; h += kSize) {
-      auto value = Block<Table>::load(rows[0] + h);
-      for (int n = 1; n < N; ++n) value.add(Block<Table>::load(rows[n] + h));
-      if constexpr (kHasResidual) {
-        if constexpr (N > 1) value.round();
-        value.add(Block<Table>::load(residual + h));
-      }
-      value.round_and_store(out + h);
-    }
+  if constexpr (N > 0 && Block<Table>::kSize > 0 && std::is_same_v<Table, Out> &&
+                (std::is_same_v<Residual, None> || std::is_same_v<Residual, Table>)) {
+    h = stream ? forward_blocks<true, N>(rows, residual, out, width)
+               : forward_blocks<false, N>(rows, residual, out, width);
   }
   for (; h < width; ++h) {
     Math value = 0;
@@ -204,25 +261,25 @@ void forward_row(const Table* const* table_rows, const Residual* residual, Out* 
       for (int n = 1; n < N; ++n) sum += rows[n][h];
       value = static_cast<Math>(static_cast<Table>(sum));
     }
-    if constexpr (kHasResidual) value += static_cast<Math>(residual[h]);
+    if constexpr (!std::is_same_v<Residual, None>) value += static_cast<Math>(residual[h]);
     out[h] = static_cast<Out>(value);
   }
 }
 
 template <typename Table, typename Residual, typename Out>
 void forward_row(int num_rows, const Table* const* rows, const Residual* residual, Out* out,
-                 int64_t width) {
+                 int64_t width, bool stream) {
   switch (num_rows) {
     case 0:
-      return forward_row<0>(rows, residual, out, width);
+      return forward_row<0>(rows, residual, out, width, stream);
     case 1:
-      return forward_row<1>(rows, residual, out, width);
+      return forward_row<1>(rows, residual, out, width, stream);
     case 2:
-      return forward_row<2>(rows, residual, out, width);
+      return forward_row<2>(rows, residual, out, width, stream);
     case 3:
-      return forward_row<3>(rows, residual, out, width);
+      return forward_row<3>(rows, residual, out, width, stream);
     default:
-      return forward_row<4>(rows, residual, out, width);
+      return forward_row<4>(rows, residual, out, width, stream);
   }
 }
 
@@ -252,11 +309,25 @@ void accumulate_row(int num_rows, Acc* const* sums, const Grad* grad, int64_t wi
   }
 }
 
-// Calls `f(offset, width, row)` on `row` [width] whole if its elements are next to each other, else
-// on copies of kGather elements of it.
+template <typename T>
+void prefetch_row_ahead(const Lookup& lookup, const T* row, int64_t width) {
+  if (lookup.num_token_dims == 0) return;
+  const int64_t step = lookup.rows_strides[lookup.num_token_dims - 1];
+  // A number and not a pointer: it may lie outside the tensor, which a prefetch doesn't mind.
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(row) + kTokensAhead * step * sizeof(T);
+  for (uintptr_t byte = 0; byte < width * sizeof(T); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte));
+  }
+}
+
+// Calls `f(offset, width, row)` on a row [width] of the residual or the gradient: whole if its
+// elements are next to each other, else on copies of kGather elements of it.
 template <typename T, typename F>
-void for_contiguous(const T* row, int64_t stride, int64_t width, const F& f) {
-  if (stride == 1) return f(0, width, row);
+void read_row(const Lookup& lookup, const T* row, int64_t stride, int64_t width, const F& f) {
+  if (stride == 1) {
+    prefetch_row_ahead(lookup, row, width);
+    return f(0, width, row);
+  }
   T gathered[kGather];
   for (int64_t offset = 0; offset < width; offset += kGather) {
     const int64_t count = width - offset < kGather ? width - offset : kGather;
@@ -268,7 +339,7 @@ void for_contiguous(const T* row, int64_t stride, int64_t width, const F& f) {
 // ----- tokens --------------------------------------------------------------------------------
 
 template <typename Table, typename Residual>
-int64_t forward_tokens(const Forward& params, int64_t begin, int64_t end) {
+int64_t forward_tokens(const Forward& params, int64_t begin, int64_t end, bool stream) {
   using Out = typename Promote<Table, Residual>::type;
   const Lookup& lookup = params.lookup;
   const auto* table = static_cast<const Table*>(params.table);
@@ -291,17 +362,20 @@ int64_t forward_tokens(const Forward& params, int64_t begin, int64_t end) {
     if (bad) continue;
     if (cursor.is_padding()) num_rows = 0;
     if constexpr (std::is_same_v<Residual, None>) {
-      forward_row(num_rows, rows, static_cast<const None*>(nullptr), out, lookup.hidden);
+      forward_row(num_rows, rows, static_cast<const None*>(nullptr), out, lookup.hidden, stream);
     } else {
-      for_contiguous(static_cast<const Residual*>(params.residual) + cursor.rows,
-                     params.residual_hidden_stride, lookup.hidden,
-                     [&](int64_t offset, int64_t width, const Residual* residual) {
-                       const Table* at_offset[kMaxAxes];
-                       for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
-                       forward_row(num_rows, at_offset, residual, out + offset, width);
-                     });
+      read_row(lookup, static_cast<const Residual*>(params.residual) + cursor.rows,
+               params.residual_hidden_stride, lookup.hidden,
+               [&](int64_t offset, int64_t width, const Residual* residual) {
+                 const Table* at_offset[kMaxAxes];
+                 for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
+                 forward_row(num_rows, at_offset, residual, out + offset, width, stream);
+               });
     }
   }
+#if CPU_VECTOR_BYTES > 16
+  if (stream) _mm_sfence();  // before other threads read the result
+#endif
   return first_bad;
 }
 
@@ -319,28 +393,28 @@ void accumulate_tokens(const Backward& params, const int32_t* slots, int64_t col
       if (slot >= 0) rows[num_rows++] = sums + slot * width;
     }
     if (num_rows == 0) continue;
-    for_contiguous(grad + cursor.rows, params.grad_hidden_stride, width,
-                   [&](int64_t offset, int64_t count, const Grad* values) {
-                     Acc* at_offset[kMaxAxes];
-                     for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
-                     accumulate_row(num_rows, at_offset, values, count);
-                   });
+    read_row(lookup, grad + cursor.rows, params.grad_hidden_stride, width,
+             [&](int64_t offset, int64_t count, const Grad* values) {
+               Acc* at_offset[kMaxAxes];
+               for (int n = 0; n < num_rows; ++n) at_offset[n] = rows[n] + offset;
+               accumulate_row(num_rows, at_offset, values, count);
+             });
   }
 }
 
 // ----- entry points --------------------------------------------------------------------------
 
-int64_t forward(const Forward& params, int64_t begin, int64_t end) {
+int64_t forward(const Forward& params, int64_t begin, int64_t end, bool stream) {
   int64_t first_bad = -1;
   visit(params.table_dtype, [&](auto* table) {
     using Table = std::remove_pointer_t<decltype(table)>;
     if (params.residual == nullptr) {
-      first_bad = forward_tokens<Table, None>(params, begin, end);
+      first_bad = forward_tokens<Table, None>(params, begin, end, stream);
       return;
     }
     visit(params.residual_dtype, [&](auto* residual) {
       using Residual = std::remove_pointer_t<decltype(residual)>;
-      first_bad = forward_tokens<Table, Residual>(params, begin, end);
+      first_bad = forward_tokens<Table, Residual>(params, begin, end, stream);
     });
   });
   return first_bad;

@@ -58,6 +58,11 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// With a residual as large, a result of this size has no place in the level 3 cache that a few
+// cores share on most CPUs, so it is written past the caches. (The size that the system reports is
+// no guide: on a virtual machine it is all of the host's.)
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrainElements = 32768;
 
@@ -117,13 +122,17 @@ std::string cpu_capability() { return kernels().name; }
 
 void launch_forward(const Forward& params) {
   const Lookup& lookup = params.lookup;
-  advise_huge_pages(params.out, lookup.num_tokens * lookup.hidden * element_size(params.out_dtype));
+  const int64_t row_bytes = lookup.hidden * element_size(params.out_dtype);
+  const int64_t out_bytes = lookup.num_tokens * row_bytes;
+  const bool stream = out_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(params.out) % 64 == 0;
+  advise_huge_pages(params.out, out_bytes);
   // The error names the first id that is too large, whichever thread finds one first.
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_bad{kNone};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / lookup.hidden);
   torch::stable::parallel_for(0, lookup.num_tokens, grain, [&](int64_t begin, int64_t end) {
-    const int64_t bad = kernels().forward(params, begin, end);
+    const int64_t bad = kernels().forward(params, begin, end, stream);
     if (bad < 0) return;
     int64_t seen = first_bad.load();
     while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
