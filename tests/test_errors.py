@@ -52,12 +52,10 @@ def test_bad_argument(kernel, argument, value, message):
         kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [4, 5, 2**31 - 1, 2**62])
-def test_id_too_large(kernel, dtype, bad):
+def test_id_too_large(kernel, bad):
     """The message names the id, its axis and P; padded tokens are no exception, as in eager."""
-    if bad > torch.iinfo(dtype).max:
-        pytest.skip(f"{bad} is no {dtype}")
+    dtype = torch.int32 if bad < 2**31 else torch.int64
     arguments = good()
     ids = arguments.pop("position_ids").to(dtype)
     ids[1, 2, 1] = bad

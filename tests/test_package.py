@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ def test_build_toml_lists_every_source_once_and_none_that_is_missing():
 
 def test_flake_parses():
     nix = shutil.which("nix-instantiate")
-    if nix is None:
+    if nix is None and "CI" not in os.environ:
         pytest.skip("nix-instantiate is not installed (Debian: apt-get install nix-bin)")
     subprocess.run([nix, "--parse", ROOT / "flake.nix"], check=True, stdout=subprocess.DEVNULL)
 
