@@ -185,17 +185,29 @@ struct Block<BFloat16> {
 #if CPU_VECTOR_BYTES > 16  // AVX2 and later convert float16 themselves
 template <>
 struct Block<Half> {
-  static constexpr int64_t kSize = 16;
-  __m256 first, second;
+  static constexpr int64_t kSize = CPU_VECTOR_BYTES / 2;
+  static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  Floats first, second;
 
-  static __m256 unpack(__m128i packed) { return _mm256_cvtph_ps(packed); }
-  static __m128i pack(__m256 floats) {
-    return _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#if CPU_VECTOR_BYTES == 64
+  using Packed = __m256i;  // half a block
+  // The forms with a (full) mask, because GCC 12 warns of its own unmasked ones.
+  static Floats unpack(Packed packed) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, packed); }
+  static Packed pack(Floats floats) {
+    return _mm512_maskz_cvtps_ph(0xffff, (__m512)floats, kNearest);
   }
+  static void stream(Packed* to, Packed packed) { _mm256_stream_si256(to, packed); }
+#else
+  using Packed = __m128i;
+  static Floats unpack(Packed packed) { return (Floats)_mm256_cvtph_ps(packed); }
+  static Packed pack(Floats floats) { return _mm256_cvtps_ph((__m256)floats, kNearest); }
+  static void stream(Packed* to, Packed packed) { _mm_stream_si128(to, packed); }
+#endif
 
   static Block load(const Half* from) {
-    const auto* packed = reinterpret_cast<const __m128i*>(from);
-    return {unpack(_mm_loadu_si128(packed)), unpack(_mm_loadu_si128(packed + 1))};
+    Packed packed[2];
+    __builtin_memcpy(packed, from, sizeof(packed));
+    return {unpack(packed[0]), unpack(packed[1])};
   }
 
   void add(const Block& other) {
@@ -210,13 +222,13 @@ struct Block<Half> {
 
   template <bool kStream>
   void round_and_store(Half* to) {
-    auto* packed = reinterpret_cast<__m128i*>(to);
+    const Packed packed[2] = {pack(first), pack(second)};
     if constexpr (kStream) {
-      _mm_stream_si128(packed, pack(first));
-      _mm_stream_si128(packed + 1, pack(second));
+      stream(reinterpret_cast<Packed*>(to), packed[0]);
+      stream(reinterpret_cast<Packed*>(to) + 1, packed[1]);
     } else {
-      _mm_storeu_si128(packed, pack(first));
-      _mm_storeu_si128(packed + 1, pack(second));
+      __builtin_memcpy(to, &packed[0], sizeof(Packed));
+      __builtin_memcpy(to + kSize / 2, &packed[1], sizeof(Packed));
     }
   }
 };
