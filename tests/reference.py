@@ -5,6 +5,17 @@ import torch.nn.functional as F
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# Gemma4VisionConfig's arguments for a tower of the real architecture, small enough for a test.
+SMALL_VISION_CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "position_embedding_size": 128,
+}
+
 
 def eager(position_ids, table, padding=None, residual=None, padding_id=None):
     """The code of transformers since 5.10, for any number of axes.

@@ -44,21 +44,11 @@ def swap_in(variant_dir, monkeypatch):
     return swap
 
 
-def config(**overrides):
-    small = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "position_embedding_size": 128,
-    }
-    return Gemma4VisionConfig(**(small | overrides))
+CONFIG = Gemma4VisionConfig(**reference.SMALL_VISION_CONFIG)
 
 
-def embedder(dtype, **overrides):
-    module = Gemma4VisionPatchEmbedder(config(**overrides))
+def embedder(dtype):
+    module = Gemma4VisionPatchEmbedder(CONFIG)
     with torch.no_grad():
         module.position_embedding_table.normal_()
     return module.to(dtype)
@@ -128,7 +118,7 @@ def test_16_bit_table_under_a_float32_projection(swap_in):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_vision_model(swap_in, dtype):
     """The whole tower, forward and backward."""
-    original = Gemma4VisionModel(config()).to(dtype)
+    original = Gemma4VisionModel(CONFIG).to(dtype)
     with torch.no_grad():
         original.patch_embedder.position_embedding_table.normal_()
     ours = swap_in(original)
@@ -207,7 +197,7 @@ def test_quantised_input_proj_keeps_pixel_values_float(swap_in):
 def test_layout_is_the_original(kernel, dtype):
     """Same constructor, same parameters, same forward: checkpoints load, and it is a true fallback."""
     original = embedder(dtype)
-    layout = kernel.layers.Gemma4VisionPatchEmbedderLayout(config()).to(dtype)
+    layout = kernel.layers.Gemma4VisionPatchEmbedderLayout(CONFIG).to(dtype)
     layout.load_state_dict(original.state_dict(), strict=True)
     shapes = {name: p.shape for name, p in original.named_parameters()}
     assert {name: p.shape for name, p in layout.named_parameters()} == shapes

@@ -40,21 +40,11 @@ def is_ours(module):
     return module.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
 """
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "position_embedding_size": 128,
-}
-SMALL_MODEL = f"""
+SMALL_MODEL = """
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.models.gemma4 import modeling_gemma4
 
-config = Gemma4VisionConfig(**{SMALL})
-model = Gemma4VisionModel(config).eval()
+model = Gemma4VisionModel(Gemma4VisionConfig(**reference.SMALL_VISION_CONFIG)).eval()
 torch.nn.init.normal_(model.patch_embedder.position_embedding_table)
 """
 

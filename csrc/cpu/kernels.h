@@ -30,58 +30,19 @@ struct None {};  // the residual's type when there is none
 
 // The type in which values of T are added.
 template <typename T>
-struct OpMath {
-  using type = float;
-};
-template <>
-struct OpMath<double> {
-  using type = double;
-};
+using OpMath = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // promote_types(Table, Residual)
 template <typename Table, typename Residual>
-struct Promote {
-  using type = float;
-};
-template <typename T>
-struct Promote<T, T> {
-  using type = T;
-};
-template <typename T>
-struct Promote<T, None> {
-  using type = T;
-};
-template <typename T>
-struct Promote<T, double> {
-  using type = double;
-};
-template <typename T>
-struct Promote<double, T> {
-  using type = double;
-};
-template <>
-struct Promote<double, double> {
-  using type = double;
-};
-template <>
-struct Promote<double, None> {
-  using type = double;
-};
+using Promoted = std::conditional_t<
+    std::is_same_v<Residual, None> || std::is_same_v<Residual, Table>, Table,
+    std::conditional_t<std::is_same_v<Table, double> || std::is_same_v<Residual, double>, double,
+                       float>>;
 
 // The type of the backward's sums. float64 for a float32 table costs nothing next to the memory
 // traffic, and keeps a sum of thousands of terms within one unit in the last place.
 template <typename Table>
-struct Sum {
-  using type = double;
-};
-template <>
-struct Sum<BFloat16> {
-  using type = float;
-};
-template <>
-struct Sum<Half> {
-  using type = float;
-};
+using Sum = std::conditional_t<sizeof(Table) == 2, float, double>;
 
 // Calls `f` with a null pointer to the C++ type of `dtype`.
 template <typename F>
@@ -256,7 +217,7 @@ int64_t forward_blocks(const T* const* rows, const Residual* residual, T* out, i
 template <int N, typename Table, typename Residual, typename Out>
 void forward_row(const Table* const* table_rows, const Residual* residual, Out* __restrict out,
                  int64_t width, bool stream) {
-  using Math = typename OpMath<Out>::type;
+  using Math = OpMath<Out>;
   const Table* rows[N + 1];
   for (int n = 0; n < N; ++n) rows[n] = table_rows[n];
 
@@ -269,7 +230,7 @@ void forward_row(const Table* const* table_rows, const Residual* residual, Out* 
   for (; h < width; ++h) {
     Math value = 0;
     if constexpr (N > 0) {
-      auto sum = static_cast<typename OpMath<Table>::type>(rows[0][h]);
+      auto sum = static_cast<OpMath<Table>>(rows[0][h]);
       for (int n = 1; n < N; ++n) sum += rows[n][h];
       value = static_cast<Math>(static_cast<Table>(sum));
     }
@@ -302,7 +263,7 @@ void accumulate_row(Acc* const* sum_rows, const Grad* grad, int64_t width) {
   for (int n = 0; n < N; ++n) sums[n] = sum_rows[n];
 #pragma GCC ivdep
   for (int64_t h = 0; h < width; ++h) {
-    const Acc value = static_cast<typename OpMath<Grad>::type>(grad[h]);
+    const Acc value = static_cast<OpMath<Grad>>(grad[h]);
     for (int n = 0; n < N; ++n) sums[n][h] += value;
   }
 }
@@ -352,7 +313,7 @@ void read_row(const Lookup& lookup, const T* row, int64_t stride, int64_t width,
 
 template <typename Table, typename Residual>
 int64_t forward_tokens(const Forward& params, int64_t begin, int64_t end, bool stream) {
-  using Out = typename Promote<Table, Residual>::type;
+  using Out = Promoted<Table, Residual>;
   const Lookup& lookup = params.lookup;
   const auto* table = static_cast<const Table*>(params.table);
   auto* out = static_cast<Out*>(params.out) + begin * lookup.hidden;
@@ -436,18 +397,17 @@ void accumulate(const Backward& params, const int32_t* slots, int64_t column, in
                 void* sums) {
   visit(params.grad_dtype, [&](auto* grad) {
     using Grad = std::remove_pointer_t<decltype(grad)>;
-    if (params.table_dtype == ScalarType::BFloat16 || params.table_dtype == ScalarType::Half) {
-      accumulate_tokens<float, Grad>(params, slots, column, width, static_cast<float*>(sums));
-    } else {
-      accumulate_tokens<double, Grad>(params, slots, column, width, static_cast<double*>(sums));
-    }
+    visit(params.table_dtype, [&](auto* table) {
+      using Acc = Sum<std::remove_pointer_t<decltype(table)>>;
+      accumulate_tokens<Acc, Grad>(params, slots, column, width, static_cast<Acc*>(sums));
+    });
   });
 }
 
 void store(const Backward& params, const void* sums, int64_t width, void* out) {
   visit(params.table_dtype, [&](auto* table) {
     using Table = std::remove_pointer_t<decltype(table)>;
-    const auto* from = static_cast<const typename Sum<Table>::type*>(sums);
+    const auto* from = static_cast<const Sum<Table>*>(sums);
     auto* __restrict to = static_cast<Table*>(out);
     for (int64_t h = 0; h < width; ++h) to[h] = static_cast<Table>(from[h]);
   });
