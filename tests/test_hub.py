@@ -17,6 +17,12 @@ from loopback_hub import LoopbackHub
 
 LAYER = "Gemma4VisionPatchEmbedder"
 
+# The Hub's layers come without a choice of backend.
+needs_torch_for_cpu = pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="LayerRepository loads the variant for torch's own backend; there is none for CUDA yet",
+)
+
 # What every script starts with. They run in processes of their own, because huggingface_hub reads
 # its endpoint and its cache's place when it is imported.
 PRELUDE = f"""
@@ -153,6 +159,7 @@ def test_get_kernel(published, tmp_path):
     assert str(tmp_path) in run(published, tmp_path, GET_KERNEL)
 
 
+@needs_torch_for_cpu
 def test_kernelize(published, tmp_path):
     """replace_kernel_forward_from_hub, LayerRepository, kernelize."""
     script = """
@@ -167,6 +174,7 @@ def test_kernelize(published, tmp_path):
     run(published, tmp_path, SMALL_MODEL + textwrap.dedent(script))
 
 
+@needs_torch_for_cpu
 def test_from_pretrained_with_kernel_config(published, tmp_path):
     """A checkpoint of the original loads unchanged into our Layout, whose forward is then ours.
 
@@ -260,6 +268,7 @@ def download_whole(hub, home, revision):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@needs_torch_for_cpu
 def test_lock(hub, tmp_path):
     """`kernels lock` pins the commit: what is published later is not picked up. Offline too."""
     project = tmp_path / "project"

@@ -17,8 +17,6 @@ from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 
 from conftest import REPO_ID, ROOT
 
-pytestmark = pytest.mark.kernels_ci
-
 CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
 SECTIONS = [CONFIG["torch"], *CONFIG["kernel"].values()]
 

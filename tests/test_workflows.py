@@ -4,28 +4,20 @@ import re
 import subprocess
 import sys
 
-import pytest
+from ruamel.yaml import YAML
 
 from conftest import ROOT
 
-# Absent from the Python in which kernel-builder runs the quick tests, as the workflows are.
-pytest.importorskip("check_jsonschema")
-ruamel_yaml = pytest.importorskip("ruamel.yaml")
-
-pytestmark = pytest.mark.kernels_ci
-
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 # YAML 1.2, in which `on` is a string and not true.
-WORKFLOWS = {
-    path.name: ruamel_yaml.YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES
-}
+WORKFLOWS = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}
 
 
 def test_workflows_are_what_github_takes():
     """By the schema that check-jsonschema brings with it."""
     command = [sys.executable, "-m", "check_jsonschema"]
     command += ["--builtin-schema", "vendor.github-workflows", *FILES]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
