@@ -1,6 +1,8 @@
 """Every test gets the kernel as users do: through `kernels.get_kernel`, on each device there is."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +17,15 @@ import kernels
 import pytest
 import torch
 
+from loopback_hub import LoopbackHub
+
 torch.manual_seed(0)
+
+# The Hub's layers come without a choice of backend.
+needs_torch_for_cpu = pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="LayerRepository loads the variant for torch's own backend; there is none for CUDA yet",
+)
 
 
 @pytest.fixture(scope="session", params=["cpu"])
@@ -43,3 +53,25 @@ def poison():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def publish(hub, home, root=ROOT, fails=False):
+    """Run tools/publish.py against the hub. Returns its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
+    result = subprocess.run(
+        [sys.executable, root / "tools" / "publish.py"],
+        env=environment | hub.environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory, kernel):
+    """A hub to which this checkout's build has been published. For tests that change nothing there."""
+    with LoopbackHub() as hub:
+        hub.publish_output = publish(hub, tmp_path_factory.mktemp("home"))
+        yield hub

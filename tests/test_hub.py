@@ -12,16 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import REPO_ID, ROOT
+from conftest import REPO_ID, ROOT, needs_torch_for_cpu, publish
 from loopback_hub import LoopbackHub
 
 LAYER = "Gemma4VisionPatchEmbedder"
-
-# The Hub's layers come without a choice of backend.
-needs_torch_for_cpu = pytest.mark.skipif(
-    torch.version.cuda is not None,
-    reason="LayerRepository loads the variant for torch's own backend; there is none for CUDA yet",
-)
 
 # What every script starts with. They run in processes of their own, because huggingface_hub reads
 # its endpoint and its cache's place when it is imported.
@@ -68,28 +62,6 @@ def run(hub, home, script, fails=False, **environment):
     )
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result.stdout + result.stderr if fails else result.stdout
-
-
-def publish(hub, home, root=ROOT, fails=False):
-    """Run tools/publish.py against the hub. Returns its output."""
-    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    result = subprocess.run(
-        [sys.executable, root / "tools" / "publish.py"],
-        env=environment | hub.environment(home),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory, kernel):
-    """A hub to which this checkout's build has been published. For tests that change nothing there."""
-    with LoopbackHub() as hub:
-        hub.publish_output = publish(hub, tmp_path_factory.mktemp("home"))
-        yield hub
 
 
 @pytest.fixture
@@ -350,7 +322,7 @@ def replace_variant(hub, name):
     "variant, reason",
     [
         ("torch-stable-abi299-cpu-x86_64-linux", "too new for environment Torch"),
-        ("torch-stable-abi210-cu130-x86_64-linux", "does not match"),
+        ("torch-stable-abi210-rocm70-x86_64-linux", "does not match"),
         ("torch210-metal-aarch64-darwin", "does not match system"),
     ],
 )
@@ -448,7 +420,7 @@ def test_two_builds_in_one_process(hub, tmp_path, variant_dir):
     from pathlib import Path
 
     hub_kernel = kernels.get_kernel(REPO, version=1, backend="cpu")
-    other = kernels.get_local_kernel(Path({str(tmp_path / "other")!r}))
+    other = kernels.get_local_kernel(Path({str(tmp_path / "other")!r}), backend="cpu")
     assert other.__name__ != hub_kernel.__name__
     for kernel in (hub_kernel, other):
         check_function(kernel)
