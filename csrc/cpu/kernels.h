@@ -256,12 +256,16 @@ void forward_row(int num_rows, const Table* const* rows, const Residual* residua
   }
 }
 
-// sums[n][h] += grad[h]. The rows of different axes never overlap.
+// sums[n][h] += grad[h]. The rows of different axes never overlap, which the compiler can't know.
 template <int N, typename Acc, typename Grad>
 void accumulate_row(Acc* const* sum_rows, const Grad* grad, int64_t width) {
   Acc* sums[N];
   for (int n = 0; n < N; ++n) sums[n] = sum_rows[n];
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (int64_t h = 0; h < width; ++h) {
     const Acc value = static_cast<OpMath<Grad>>(grad[h]);
     for (int n = 0; n < N; ++n) sums[n][h] += value;
