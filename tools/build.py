@@ -130,7 +130,7 @@ def ninja_file(
         "-std=c++17",
         "-fPIC",
         "-fvisibility=hidden",
-        "-fno-gnu-unique",
+        *(["-fno-gnu-unique"] if accepts(compiler, "-fno-gnu-unique") else []),
         "-Wall",
         "-Wextra",
         "-O3",
@@ -183,6 +183,12 @@ def ninja_file(
             ]
     lines += [f"build extension.so: link {' '.join(compiled)}", ""]
     return "\n".join(lines)
+
+
+def accepts(compiler: str, flag: str) -> bool:
+    """Whether the compiler knows a flag."""
+    command = [compiler, flag, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def lay_out(config: dict, backend: Backend, kernel_id: str, extension: Path, destination: Path):
