@@ -252,6 +252,17 @@ def test_many_distinct_ids(kernel, poison):
 
 
 @pytest.mark.kernels_ci
+def test_more_distinct_ids_than_the_cache_has_sums(kernel):
+    """Not even one column of 80,000 sums fits in the part of the cache that is meant for them."""
+    ids = torch.arange(40000)[:, None].expand(-1, 2)
+    table = torch.randn(2, 40000, 70, requires_grad=True)
+    out = kernel.fused_embedding_lookup(ids, table)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    assert torch.equal(table.grad, grad.expand(2, -1, -1))
+
+
+@pytest.mark.kernels_ci
 def test_many_token_dimensions(kernel):
     """Eight leading dimensions that can't be merged are walked; a ninth is refused."""
     table = torch.randn(1, 4, 5)

@@ -33,7 +33,7 @@ const CpuKernels& select_kernels() {
       __builtin_cpu_supports("avx512vl")) {
     return kAvx512;
   }
-  if (allow_avx2 && __builtin_cpu_supports("avx2")) return kAvx2;
+  if (allow_avx2 && __builtin_cpu_supports("avx2")) return kAvx2;  // F16C came before AVX2
 #endif
   return kBaseline;
 }
@@ -170,8 +170,10 @@ void launch_backward(const Backward& params, const Tensor& like) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t width_by_threads = (hidden + threads - 1) / threads;
   const int64_t width_by_cache = kCacheBytes / (std::max<int64_t>(num_slots, 1) * sum_bytes);
-  const int64_t width =
-      std::min(hidden, round_up(std::min(width_by_threads, width_by_cache), kMinWidth));
+  // From kMinWidth up: with enough distinct ids, not one column of sums fits the cache.
+  const int64_t width = std::min(
+      hidden,
+      round_up(std::max<int64_t>(std::min(width_by_threads, width_by_cache), 1), kMinWidth));
   const int64_t blocks_per_pass = std::min(threads, (hidden + width - 1) / width);
   const int64_t block_bytes = num_slots * width * sum_bytes;
   Tensor sums_tensor =
