@@ -133,8 +133,8 @@ def test_vision_model(swap_in, dtype):
             assert torch.equal(actual.grad, expected.grad), name
 
 
-def test_vision_model_compiled(swap_in):
-    """No graph break comes from the layer: its part of the model compiles whole."""
+def test_patch_embedder_compiled(swap_in):
+    """No graph break comes from the layer."""
     original = embedder(torch.float32)
     compiled = torch.compile(swap_in(original), fullgraph=True)
     batch = images(torch.float32)

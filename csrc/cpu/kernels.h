@@ -39,8 +39,8 @@ using Promoted = std::conditional_t<
     std::conditional_t<std::is_same_v<Table, double> || std::is_same_v<Residual, double>, double,
                        float>>;
 
-// The type of the backward's sums. float64 for a float32 table costs nothing next to the memory
-// traffic, and keeps a sum of thousands of terms within one unit in the last place.
+// The type of the backward's sums. float64 for a float32 table keeps a sum of thousands of terms
+// within one unit in the last place; the sums stay in the cache, so no more goes to memory for it.
 template <typename Table>
 using Sum = std::conditional_t<sizeof(Table) == 2, float, double>;
 

@@ -17,7 +17,7 @@ def fused_embedding_lookup(
 ) -> torch.Tensor:
     """Look up one embedding per axis, sum them, mask padding and add a residual, in one kernel.
 
-    Computes, bit for bit, what Gemma 4's ``Gemma4VisionPatchEmbedder`` computes with eight::
+    Computes, bit for bit, what Gemma 4's ``Gemma4VisionPatchEmbedder`` computes with seven::
 
         embedding = table[0][position_ids[..., 0].clamp(min=0)] + table[1][position_ids[..., 1].clamp(min=0)] + ...
         return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
