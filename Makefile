@@ -1,26 +1,32 @@
 # make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
 # make test   everything that is tested (ARGS="-k gradcheck")
 # make bench  the kernel against its peers, interleaved (ARGS="--json out.json")
+# make cuda   the CUDA variant for all architectures, with a compiler from PyPI; needs no GPU
 # make asan   the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint   formatting and static checks
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo test bench asan lint format clean build
+.PHONY: demo test bench cuda asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp torch-ext/*.h torch-ext/*.cpp)
+TOOLKIT := .build/cuda-toolkit
+CXX_SOURCES := $(wildcard $(addprefix csrc/, *.h */*.h */*.cpp */*.cu */*.cuh) torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*/*.h tests/simt/*/*.cpp)
 
 demo: build
 	$(RUN) examples/gemma4_vision.py $(ARGS)
 
 test: build
+	$(RUN) tools/build.py --simt --output .build/simt
 	$(RUN) -m pytest $(ARGS)
 
 bench: build
 	$(RUN) benchmarks/compare.py $(ARGS)
+
+cuda: $(VENV)/installed $(TOOLKIT)/installed
+	CUDA_HOME=$(TOOLKIT)/nvidia/cu13 $(RUN) tools/build.py --backend cuda $(ARGS)
 
 # Python itself isn't instrumented, so the runtimes go in first, and leaks can't be told from Python's
 # own. Not captured (-s): a report ends the process. torch.compile would only build more code.
@@ -47,6 +53,11 @@ build: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Apart from the environment: nothing there needs it, and torch would take notice of triton.
+$(TOOLKIT)/installed: requirements-cuda.txt | $(VENV)/installed
+	$(RUN) -m pip install --disable-pip-version-check --no-deps --upgrade --target $(TOOLKIT) -r requirements-cuda.txt
 	touch $@
 
 clean:

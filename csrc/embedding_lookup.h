@@ -18,7 +18,8 @@
 // accumulated in float32 or better, in an order that depends on nothing but the inputs, and
 // rounded once.
 //
-// An id >= num_rows must never be used as an address. On the CPU it is an IndexError.
+// An id >= num_rows must never be used as an address. On the CPU it is an IndexError, on CUDA a
+// device-side assertion.
 
 #pragma once
 
@@ -94,8 +95,8 @@ struct Backward {
 };
 
 // Defined once per device folder; an extension contains one device. `like` is a tensor on the
-// launch's device, from which workspace can be allocated.
-void launch_forward(const Forward& params);
+// launch's device, which tells which one that is and from which workspace can be allocated.
+void launch_forward(const Forward& params, const Tensor& like);
 void launch_backward(const Backward& params, const Tensor& like);
 
 // The instruction set in use, as ATEN_CPU_CAPABILITY names it. The CPU's folder only.
@@ -122,16 +123,19 @@ inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) 
   return stream.str();
 }
 
-inline bool is_table_dtype(ScalarType dtype, bool allow_double) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
-         (allow_double && dtype == ScalarType::Double);
-}
+// Only the CPU's kernels take float64.
+#if defined(CPU_KERNEL)
+constexpr bool kTakesDouble = true;
+#else
+constexpr bool kTakesDouble = false;
+#endif
 
-// The floating dtypes a kernel reads and writes. Only the CPU has float64.
-inline void check_floating(const char* name, ScalarType dtype, bool on_cpu) {
-  check(is_table_dtype(dtype, on_cpu), name, " must be float32, float16",
-        on_cpu ? ", bfloat16 or float64" : " or bfloat16", ", got ",
-        torch::headeronly::toString(dtype));
+// The floating dtypes a kernel reads and writes.
+inline void check_floating(const char* name, ScalarType dtype) {
+  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+            (kTakesDouble && dtype == ScalarType::Double),
+        name, " must be float32, float16", kTakesDouble ? ", bfloat16 or float64" : " or bfloat16",
+        ", got ", torch::headeronly::toString(dtype));
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& ids) {

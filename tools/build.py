@@ -1,12 +1,14 @@
 """Build the kernel on a machine without Nix, into the layout that kernel-builder produces.
 
-    python tools/build.py                      # build/<variant>/ for each backend this machine can build
-    python tools/build.py --sanitize           # the same with AddressSanitizer and UBSan
+    python tools/build.py                      # build/<variant>/ for each backend this machine can run
+    python tools/build.py --backend cuda       # the CUDA variant, for all architectures, on any machine
+    python tools/build.py --sanitize           # the CPU variant with AddressSanitizer and UBSan
+    python tools/build.py --simt               # the CUDA sources for tests/simt, which runs them on a CPU
     python tools/build.py --output elsewhere   # instead of build/
 
 What is built, from which sources and with which flags is read from build.toml. The compilation
 itself is ninja's: incremental, parallel, with progress. The compiler is $CXX, or c++, with
-$CXXFLAGS appended to the flags.
+$CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME or on the PATH.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,10 +26,14 @@ from pathlib import Path
 import ninja
 import tomllib
 import torch
-from kernels._rust import Backend, Build, Digest, DigestAlgorithm, KernelName, Metadata
+from kernels._rust import Build, Digest, DigestAlgorithm, KernelName, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX_SUFFIXES = (".cpp", ".cc", ".cxx")
+SIMT = "tests/simt"
+
+# What kernel-builder builds for with CUDA 13: machine code for each, and PTX of the last for newer ones.
+CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1+PTX"]
 
 # What kernel-builder puts next to the sources: the macros that register an extension's ops under a
 # name which is itself a macro, and make the extension importable.
@@ -69,156 +76,320 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="default: %(default)s")
+    parser.add_argument("--backend", action="append", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--sanitize", action="store_true", help="build with -fsanitize=address,undefined"
+        "--archs",
+        nargs="+",
+        metavar="ARCH",
+        help="for CUDA: 9.0, 12.1+PTX, ... (default: this machine's GPU's; all with --backend cuda)",
     )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="build the CPU variant with -fsanitize=address,undefined",
+    )
+    parser.add_argument("--simt", action="store_true", help="build for tests/simt")
     args = parser.parse_args()
 
     try:
-        supported = Build.open(ROOT).general.backends
+        supported = [str(backend) for backend in Build.open(ROOT).general.backends]
     except ValueError as error:
         sys.exit(f"error: build.toml: {error}")
     config = tomllib.loads((ROOT / "build.toml").read_text())
-    for backend in supported:
-        if backend == Backend.CPU:
-            build_variant(config, backend, args.output, args.sanitize)
-        else:
-            print(f"{backend}: not built, this tool builds the CPU variant only")
+    archs = args.archs or CUDA_ARCHS
+    if args.simt:
+        variants = [Simt(config)]
+    elif args.sanitize:
+        variants = [Sanitized(config)]
+    elif args.backend:
+        variants = [Cuda(config, archs) if name == "cuda" else Cpu(config) for name in args.backend]
+    else:
+        variants = [Cpu(config)]
+        if torch.cuda.is_available():
+            native = ["{}.{}".format(*torch.cuda.get_device_capability())]
+            variants.append(Cuda(config, args.archs or native))
+        elif "cuda" in supported:
+            print("cuda: not built, torch sees no GPU here (--backend cuda builds it all the same)")
+    for variant in variants:
+        variant.build(args.output)
 
 
-def build_variant(config: dict, backend: Backend, output: Path, sanitize: bool):
-    """Compile, link and lay out one variant."""
-    abi = config["torch"]["stable-abi"][str(backend)]
-    variant = (
-        f"torch-stable-abi{abi.replace('.', '')}-{backend}-{platform.machine()}-{sys.platform}"
-    )
-    kernel_id = f"_{python_name(config)}_{backend}_{source_revision()}"
-    objects = ROOT / ".build" / (variant + ("-sanitize" if sanitize else ""))
-    objects.mkdir(parents=True, exist_ok=True)
-    write_if_changed(objects / "registration.h", REGISTRATION_H)
-    write_if_changed(
-        objects / "build.ninja", ninja_file(config, backend, abi, kernel_id, objects, sanitize)
-    )
+class Cpu:
+    """A variant: which compiler with which flags makes which sources into one extension."""
 
-    print(f"{variant}: compiling", flush=True)
-    status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
-    if status != 0:
-        sys.exit(status)
-    lay_out(config, backend, kernel_id, objects / "extension.so", output / variant)
-    print(f"{variant}: {output / variant}")
+    backend = "cpu"  # whose sources
+    runs_on = "cpu"  # whose tensors it takes
+    build_folder_suffix = ""
+    registration = REGISTRATION_H
+    cxx_flags = ()
+    link_flags = ()
+    extra_sources = ()
 
+    def __init__(self, config: dict):
+        self.config = config
+        self.abi = config["torch"]["stable-abi"][self.backend]
+        self.python_name = KernelName(config["general"]["name"]).python_name
+        self.kernel_id = f"_{self.python_name}_{self.backend}_{source_revision()}"
+        self.compiler = os.environ.get("CXX", "c++")
+        if shutil.which(self.compiler) is None:
+            sys.exit(
+                f"error: no C++ compiler: `{self.compiler}` is not on the PATH. "
+                "Install one (Debian: apt-get install g++) or set CXX."
+            )
 
-def ninja_file(
-    config: dict, backend: Backend, abi: str, kernel_id: str, objects: Path, sanitize: bool
-) -> str:
-    """The build.ninja of one variant."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        sys.exit(
-            f"error: no C++ compiler: `{compiler}` is not on the PATH. "
-            "Install one (Debian: apt-get install g++) or set CXX."
+    @property
+    def name(self) -> str:
+        """The variant's, as kernel-builder has it: the folder that `kernels` looks for."""
+        abi = self.abi.replace(".", "")
+        return f"torch-stable-abi{abi}-{self.platform_tag}-{platform.machine()}-{sys.platform}"
+
+    @property
+    def platform_tag(self) -> str:
+        return self.runs_on
+
+    @property
+    def linker(self) -> str:
+        return self.compiler
+
+    def build(self, output: Path):
+        """Compile, link and lay out."""
+        objects = ROOT / ".build" / (self.name + self.build_folder_suffix)
+        objects.mkdir(parents=True, exist_ok=True)
+        write_if_changed(objects / "registration.h", self.registration)
+        write_if_changed(objects / "build.ninja", self.ninja_file(objects))
+        print(f"{self.name}: compiling", flush=True)
+        status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
+        if status != 0:
+            sys.exit(status)
+        self.lay_out(objects / "extension.so", output / self.name)
+        print(f"{self.name}: {output / self.name}")
+
+    def ninja_file(self, objects: Path) -> str:
+        """The build.ninja."""
+        python_include = Path(sysconfig.get_path("include"))
+        if not (python_include / "Python.h").exists():
+            sys.exit(
+                f"error: no Python headers: {python_include / 'Python.h'} is missing. "
+                "Install them (Debian: apt-get install python3-dev)."
+            )
+        torch_dir = Path(torch.__file__).parent
+        major, minor = (int(part) for part in self.abi.split("."))
+        # What a C++ compiler and nvcc both take.
+        common = [
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            f"-D{self.backend.upper()}_KERNEL",
+            f"-DTORCH_TARGET_VERSION=0x{major << 56 | minor << 48:016x}",
+            "-DPy_LIMITED_API=0x03090000",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{objects}",
+            f"-isystem {torch_dir / 'include'}",
+            f"-isystem {python_include}",
+        ]
+        cxx_flags = [
+            *common,
+            "-fPIC",
+            "-fvisibility=hidden",
+            *(["-fno-gnu-unique"] if accepts(self.compiler, "-fno-gnu-unique") else []),
+            "-Wall",
+            "-Wextra",
+            *self.cxx_flags,
+            os.environ.get("CXXFLAGS", ""),
+        ]
+        # Without a NEEDED entry torch's symbols stay undefined: the loader opens extensions locally.
+        link_flags = [
+            "-shared",
+            f"-L{torch_dir / 'lib'}",
+            *self.link_flags,
+            "-Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10",
+        ]
+        lines = [
+            f"cxx_flags = {' '.join(cxx_flags)}",
+            "rule cxx",
+            f"  command = {self.compiler} -MD -MF $out.d $cxx_flags $extra_flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule link",
+            f"  command = {self.linker} $in {' '.join(link_flags)} -o $out",
+            "  description = link $out",
+            *self.device_rule(common),
+        ]
+        compiled = []
+        for source, flags in self.sources():
+            rule = self.rule(source)
+            if rule is not None:
+                compiled.append(source + ".o")
+                lines += [
+                    f"build {compiled[-1]}: {rule} {ROOT / source}",
+                    f"  extra_flags = {flags}",
+                ]
+        lines += [f"build extension.so: link {' '.join(compiled)}", ""]
+        return "\n".join(lines)
+
+    def sources(self):
+        """Each source, headers included, and the flags that only it gets."""
+        kernels = self.config["kernel"].values()
+        kernels = [kernel for kernel in kernels if kernel["backend"] == self.backend]
+        for component in [self.config["torch"], *kernels]:
+            flags = [f"-I{ROOT / directory}" for directory in component.get("include", [])]
+            # Only the binding knows the op namespace, which changes with every commit.
+            if component is self.config["torch"]:
+                flags.append(f"-DTORCH_EXTENSION_NAME={self.kernel_id}")
+            for source in component["src"]:
+                language = "cuda" if self.rule(source) == "nvcc" else "cxx"
+                yield source, " ".join(flags + component.get(f"{language}-flags", []))
+        for source in self.extra_sources:
+            yield source, ""
+
+    def rule(self, source: str):
+        """The rule that compiles a source; None for a header."""
+        return "cxx" if source.endswith(CXX_SUFFIXES) else None
+
+    def device_rule(self, common: list):
+        return []
+
+    def lay_out(self, extension: Path, destination: Path):
+        """Write the variant's folder afresh: nothing of an earlier build stays."""
+        shutil.rmtree(destination, ignore_errors=True)
+        shutil.copytree(
+            ROOT / "torch-ext" / self.python_name,
+            destination,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-    python_include = Path(sysconfig.get_path("include"))
-    if not (python_include / "Python.h").exists():
-        sys.exit(
-            f"error: no Python headers: {python_include / 'Python.h'} is missing. "
-            "Install them (Debian: apt-get install python3-dev)."
-        )
-    torch_dir = Path(torch.__file__).parent
-    major, minor = (int(part) for part in abi.split("."))
-    flags = [
-        "-std=c++17",
-        "-fPIC",
-        "-fvisibility=hidden",
-        *(["-fno-gnu-unique"] if accepts(compiler, "-fno-gnu-unique") else []),
-        "-Wall",
-        "-Wextra",
-        "-O3",
-        "-DNDEBUG",
-        f"-D{str(backend).upper()}_KERNEL",
-        f"-DTORCH_TARGET_VERSION=0x{major << 56 | minor << 48:016x}",
-        "-DPy_LIMITED_API=0x03090000",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{objects}",
-        f"-isystem {torch_dir / 'include'}",
-        f"-isystem {python_include}",
-    ]
-    # Without a NEEDED entry torch's symbols stay undefined: the loader opens extensions locally.
-    link_flags = [
-        "-shared",
-        f"-L{torch_dir / 'lib'}",
-        "-Wl,--no-as-needed -ltorch -ltorch_cpu -lc10",
-    ]
-    if sanitize:
-        flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        link_flags += ["-fsanitize=address,undefined"]
+        shutil.copy2(extension, destination / f"{self.kernel_id}.abi3.so")
+        (destination / "_ops.py").write_text(OPS_PY.format(id=self.kernel_id))
+        general = self.config["general"]
+        metadata = {
+            "name": general["name"],
+            "id": self.kernel_id,
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "kernel-depends": [],
+            "backend": self.metadata_backend(),
+        }
+        digest = Digest.hash_variant(DigestAlgorithm.SHA256, destination)
+        metadata["digest"] = {"algorithm": str(digest.algorithm).lower(), "files": digest.files}
+        (destination / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        # Raises if `kernels` would not take it.
+        Metadata.read_from_file(destination / "metadata.json")
 
-    lines = [
-        f"flags = {' '.join(flags)} {os.environ.get('CXXFLAGS', '')}",
-        "rule compile",
-        f"  command = {compiler} -MD -MF $out.d $flags $extra_flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $in",
-        "rule link",
-        f"  command = {compiler} $in {' '.join(link_flags)} -o $out",
-        "  description = link $out",
-    ]
-    # Only the binding knows the op namespace, which changes with every commit.
-    components = [(config["torch"], [f"-DTORCH_EXTENSION_NAME={kernel_id}"])]
-    components += [
-        (kernel, []) for kernel in config["kernel"].values() if kernel["backend"] == str(backend)
-    ]
-    compiled = []
-    for component, extra_flags in components:
-        extra_flags = extra_flags + component.get("cxx-flags", [])
-        extra_flags += [f"-I{ROOT / directory}" for directory in component.get("include", [])]
-        for source in component["src"]:
-            if not source.endswith(CXX_SUFFIXES):
-                continue
-            compiled.append(source + ".o")
-            lines += [
-                f"build {compiled[-1]}: compile {ROOT / source}",
-                f"  extra_flags = {' '.join(extra_flags)}",
-            ]
-    lines += [f"build extension.so: link {' '.join(compiled)}", ""]
-    return "\n".join(lines)
+    def metadata_backend(self) -> dict:
+        return {"type": self.runs_on}
+
+
+class Sanitized(Cpu):
+    build_folder_suffix = "-sanitize"
+    cxx_flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    link_flags = ("-fsanitize=address,undefined",)
+
+
+class Cuda(Cpu):
+    backend = runs_on = "cuda"
+
+    def __init__(self, config: dict, archs: list):
+        super().__init__(config)
+        self.archs = archs
+        home = os.environ.get("CUDA_HOME")
+        self.nvcc = shutil.which(Path(home, "bin", "nvcc").absolute() if home else "nvcc")
+        if self.nvcc is None:
+            sys.exit(
+                f"error: no CUDA compiler: nvcc is not {'in ' + home if home else 'on the PATH'}. "
+                "Install the CUDA toolkit, or run `make cuda`, which brings one from PyPI."
+            )
+        version = subprocess.run(
+            [self.nvcc, "--version"], check=True, capture_output=True, text=True
+        ).stdout
+        self.version = re.search(r"release (\d+)\.(\d+)", version).groups()
+
+    @property
+    def platform_tag(self) -> str:
+        return "cu" + "".join(self.version)
+
+    @property
+    def linker(self) -> str:
+        # The static runtime, as in the extensions that kernel-builder makes. nvcc looks for it in
+        # lib64/, PyPI's packages have it in lib/.
+        libraries = Path(self.nvcc).parent.parent / "lib"
+        return (
+            f"{self.nvcc} -ccbin {self.compiler} -cudart=static -L{libraries} "
+            "-Xlinker=--exclude-libs,ALL"
+        )
+
+    def rule(self, source: str):
+        return "nvcc" if source.endswith(".cu") else super().rule(source)
+
+    def device_rule(self, common: list):
+        codes = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        flags = [*common, *codes, f"-ccbin {self.compiler} -Xcompiler=-fPIC,-fvisibility=hidden"]
+        # ptxas reports registers, stack and spills: tests/test_cuda_binary.py reads that.
+        flags.append("-Xptxas=-v")
+        compile_source = f"{self.nvcc} -MD -MF $out.d $nvcc_flags $extra_flags -c $in -o $out"
+        return [
+            f"nvcc_flags = {' '.join(flags)}",
+            "rule nvcc",
+            f"  command = {compile_source} > $out.log 2>&1 || (cat $out.log; false)",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  description = compile $in for {' '.join(self.archs)}",
+        ]
+
+    def metadata_backend(self) -> dict:
+        return {"type": "cuda", "archs": sorted(self.archs)}
+
+
+class Simt(Cpu):
+    """The CUDA sources, unchanged, for CPU tensors: on tests/simt in place of a GPU."""
+
+    backend = "cuda"
+    build_folder_suffix = "-simt"
+    registration = REGISTRATION_H.replace(
+        "STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)",
+        "STABLE_TORCH_LIBRARY_IMPL(NAME, CPU, MODULE)",
+    )
+    extra_sources = (f"{SIMT}/simt.cpp", f"{SIMT}/cuda/runtime.cpp")
+    cxx_flags = (f"-I{ROOT / SIMT / 'cuda'}", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
+    # The linker sends these calls to runtime.cpp.
+    link_flags = tuple(
+        f"-Wl,--wrap={function}"
+        for function in (
+            "torch_get_const_data_ptr",
+            "torch_get_mutable_data_ptr",
+            "aoti_torch_delete_tensor_object",
+            "__assert_fail",
+        )
+    )
+
+    def __init__(self, config: dict):
+        super().__init__(config)
+        self.kernel_id += "_simt"
+
+    def rule(self, source: str):
+        return "simt" if source.endswith(".cu") else super().rule(source)
+
+    def device_rule(self, common: list):
+        # The engine stands in for the sanitizer's runtime, see simt.h.
+        return [
+            "simt_flags = -fsanitize=thread -x c++",
+            "rule simt",
+            f"  command = {self.compiler} -MD -MF $out.d $cxx_flags $simt_flags $extra_flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in for tests/simt",
+        ]
 
 
 def accepts(compiler: str, flag: str) -> bool:
     """Whether the compiler knows a flag."""
     command = [compiler, flag, "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-
-def lay_out(config: dict, backend: Backend, kernel_id: str, extension: Path, destination: Path):
-    """Write the variant's folder afresh: nothing of an earlier build stays."""
-    shutil.rmtree(destination, ignore_errors=True)
-    shutil.copytree(
-        ROOT / "torch-ext" / python_name(config),
-        destination,
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    shutil.copy2(extension, destination / f"{kernel_id}.abi3.so")
-    (destination / "_ops.py").write_text(OPS_PY.format(id=kernel_id))
-    general = config["general"]
-    metadata = {
-        "name": general["name"],
-        "id": kernel_id,
-        "version": general["version"],
-        "license": general["license"],
-        "python-depends": [],
-        "kernel-depends": [],
-        "backend": {"type": str(backend)},
-    }
-    digest = Digest.hash_variant(DigestAlgorithm.SHA256, destination)
-    metadata["digest"] = {"algorithm": str(digest.algorithm).lower(), "files": digest.files}
-    (destination / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    Metadata.read_from_file(destination / "metadata.json")  # raises if `kernels` would not take it
-
-
-def python_name(config: dict) -> str:
-    return KernelName(config["general"]["name"]).python_name
 
 
 def source_revision() -> str:

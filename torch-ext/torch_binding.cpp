@@ -39,16 +39,15 @@ Tensor embedding_lookup_forward(const Tensor& position_ids, const Tensor& table,
   check(table.dim() == 3, "table must have shape [K, P, H], got ",
         embedding_lookup::shape_string(table.sizes()));
   const int64_t hidden = table.size(2);
-  const bool on_cpu = table.is_cpu();
   embedding_lookup::check_same_device("table", table, position_ids);
-  embedding_lookup::check_floating("table", table.scalar_type(), on_cpu);
+  embedding_lookup::check_floating("table", table.scalar_type());
   check(table.stride(2) == 1 || hidden <= 1, "table must have a last stride of 1, got ",
         table.stride(2));
   check(position_ids.dim() >= 1,
         "position_ids must have shape [..., K], got a tensor without dimensions");
   if (residual) {
     embedding_lookup::check_same_device("residual", *residual, position_ids);
-    embedding_lookup::check_floating("residual", residual->scalar_type(), on_cpu);
+    embedding_lookup::check_floating("residual", residual->scalar_type());
     embedding_lookup::check_token_shape("residual", *residual, position_ids, hidden);
   }
 
@@ -69,7 +68,7 @@ Tensor embedding_lookup_forward(const Tensor& position_ids, const Tensor& table,
   Tensor out =
       torch::stable::new_empty(table, sizes_with_hidden(position_ids, hidden), params.out_dtype);
   params.out = out.mutable_data_ptr();
-  if (out.numel() > 0) embedding_lookup::launch_forward(params);
+  if (out.numel() > 0) embedding_lookup::launch_forward(params, table);
   return out;
 }
 
@@ -83,10 +82,9 @@ Tensor embedding_lookup_backward(const Tensor& grad, const Tensor& position_ids,
   check(num_rows >= 0, "num_rows must not be negative, got ", num_rows);
   const int64_t num_axes = position_ids.size(position_ids.dim() - 1);
   const int64_t hidden = grad.size(grad.dim() - 1);
-  const bool on_cpu = grad.is_cpu();
   embedding_lookup::check_same_device("grad", grad, position_ids);
-  embedding_lookup::check_floating("grad", grad.scalar_type(), on_cpu);
-  embedding_lookup::check_floating("dtype", dtype, on_cpu);
+  embedding_lookup::check_floating("grad", grad.scalar_type());
+  embedding_lookup::check_floating("dtype", dtype);
   embedding_lookup::check_token_shape("grad", grad, position_ids, hidden);
 
   embedding_lookup::Backward params{};
@@ -120,6 +118,8 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+#elif defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 #endif
   ops.impl("forward", TORCH_BOX(&embedding_lookup_forward));
   ops.impl("backward", TORCH_BOX(&embedding_lookup_backward));

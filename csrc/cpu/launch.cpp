@@ -120,7 +120,7 @@ int64_t number_rows(const Lookup& lookup, int32_t* slots, int32_t* slot_of_row) 
 
 std::string cpu_capability() { return kernels().name; }
 
-void launch_forward(const Forward& params) {
+void launch_forward(const Forward& params, const Tensor& /*like*/) {
   const Lookup& lookup = params.lookup;
   const int64_t row_bytes = lookup.hidden * element_size(params.out_dtype);
   const int64_t out_bytes = lookup.num_tokens * row_bytes;

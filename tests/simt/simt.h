@@ -1,0 +1,59 @@
+// A machine that runs GPU kernels on the CPU, one instruction stream per thread, strictly.
+//
+// A grid's blocks run one after the other, a block's threads as fibers of one OS thread, each until
+// it waits for others. Which block and which thread comes next is shuffled by a seed, so that what
+// depends on it shows as a result that changes. The device code is compiled with -fsanitize=thread
+// and linked with this engine in place of that sanitizer's runtime: every load and store calls in
+// here, from unmodified sources. A launch fails, with a message, on
+//
+//   - an access outside the tensors of the op, the block's shared memory and the thread's own
+//   stack, a
+//     write to a tensor that was taken as const, an access that is not aligned to its size;
+//   - a race: two threads, at least one writing, not both atomically, with no barrier between them
+//     (of the block, or of the warp within one), or in two blocks of one launch;
+//   - a barrier or a warp operation that some of the threads never reach, lanes that disagree on
+//   the
+//     mask, a lane that is not in its own mask, a shuffle from a lane that isn't;
+//   - more shared memory than was asked for, a device-side assertion.
+//
+// Shared memory is filled with 0xff (NaN, -1) before each block.
+//
+// Not modelled: time, caches and occupancy; weak memory (a store is seen at once); atomics other
+// than whole ones; streams (a launch is over when it returns), several devices; a warp's lanes in
+// lockstep, on which correct code doesn't rely; registers (a local that is read before it is
+// written is not noticed). Arithmetic is the host's: IEEE, as the GPU's additions and conversions
+// are.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace simt {
+
+constexpr unsigned kWarpSize = 32;
+constexpr unsigned kMaxThreads = 1024;
+
+// Calls thread(argument) for each thread of each block. Throws std::runtime_error if one fails.
+void launch(unsigned blocks, unsigned threads, void* shared, size_t shared_bytes,
+            void (*thread)(const void*), const void* argument);
+
+// What the running thread is, and what it does together with others.
+unsigned thread_index();
+unsigned block_index();
+unsigned num_threads();
+unsigned num_blocks();
+void sync_block();
+uint64_t shuffle(uint32_t mask, uint64_t value, unsigned source);
+uint32_t ballot(uint32_t mask, bool predicate);
+// Stores change(old value) and returns the old one.
+uint32_t atomic(uint32_t* address, const std::function<uint32_t(uint32_t)>& change);
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+bool in_kernel();
+
+// The memory that kernels may touch, from now until `owner` is dropped.
+void add_memory(const void* owner, const void* begin, size_t bytes, bool writable);
+void drop_memory(const void* owner);
+
+}  // namespace simt
