@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "kernels-community/fused-embedding-lookup"
@@ -17,27 +18,113 @@ import kernels
 import pytest
 import torch
 
+import reference
 from loopback_hub import LoopbackHub
 
 torch.manual_seed(0)
 
+
+SIMT_BUILD = ROOT / ".build" / "simt"
+
+
+class Variant(NamedTuple):
+    """A build of the kernel, and what there is to know about it in a test."""
+
+    name: str
+    device: torch.device  # of the tensors it takes
+    is_cuda: bool  # whether it is made of the CUDA sources
+    floats: tuple  # the dtypes it takes
+
+    def load(self):
+        """The kernel's module."""
+        if self.name == "simt":
+            return kernels.get_local_kernel(SIMT_BUILD, backend="cpu")
+        return kernels.get_kernel(REPO_ID, version=1, backend=self.name)
+
+    def sum_eps(self, table_dtype):
+        """The precision in which a gradient of a table of `table_dtype` is summed."""
+        if self.is_cuda or table_dtype.itemsize == 2:
+            return 2.0**-23
+        return 2.0**-52
+
+
+VARIANTS = {
+    "cpu": Variant("cpu", torch.device("cpu"), False, reference.FLOATS),
+    # The CUDA sources, run by tests/simt.
+    "simt": Variant("simt", torch.device("cpu"), True, reference.FLOATS[:3]),
+    "cuda": Variant("cuda", torch.device("cuda"), True, reference.FLOATS[:3]),
+}
+
+
+def why_not(name):
+    """Why a variant can't be tested here, or None if it can."""
+    if name == "simt":
+        return None if SIMT_BUILD.exists() else "not built (tools/build.py --simt)"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    local = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
+    platform = "cpu" if name == "cpu" else f"cu{torch.version.cuda.partition('.')[0]}*"
+    variants = [*local.glob(f"torch*-{platform}-*"), *local.glob(f"build/torch*-{platform}-*")]
+    return None if variants else "not built (tools/build.py)"
+
+
+AVAILABLE = [name for name in VARIANTS if why_not(name) is None]
+
+
 # The Hub's layers come without a choice of backend.
 needs_torch_for_cpu = pytest.mark.skipif(
-    torch.version.cuda is not None,
-    reason="LayerRepository loads the variant for torch's own backend; there is none for CUDA yet",
+    torch.version.cuda is not None and why_not("cuda") is not None,
+    reason="LayerRepository loads the variant for torch's own backend, CUDA's, which isn't built",
 )
 
 
-@pytest.fixture(scope="session", params=["cpu"])
-def device(request):
-    """The device under test."""
-    return torch.device(request.param)
+def pytest_report_header():
+    return [
+        f"variant {name}: {why_not(name) or VARIANTS[name].load().__name__}" for name in VARIANTS
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test of the kernel on each variant, or on the one that @pytest.mark.variant names."""
+    if "variant" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("variant")
+    names = [name for name in marker.args if name in AVAILABLE] if marker else AVAILABLE
+    if not names:
+        missing = marker.args if marker else VARIANTS
+        reason = ", ".join(f"{name}: {why_not(name)}" for name in missing)
+        names = [pytest.param(missing[0], marks=pytest.mark.skip(reason=reason))]
+    metafunc.parametrize("variant", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def kernel(device):
-    """The kernel's module, of the variant for `device`."""
-    return kernels.get_kernel(REPO_ID, version=1, backend=device.type)
+def variant(request):
+    """The build under test. Tensors are made on its device."""
+    with VARIANTS[request.param].device:
+        yield VARIANTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def skip_what_a_variant_does_not_take(request):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is None or "variant" not in parameters.params:
+        return
+    for name in ("dtype", "residual_dtype"):
+        dtype = parameters.params.get(name)
+        if dtype == torch.float64 and dtype not in request.getfixturevalue("variant").floats:
+            pytest.skip("only the CPU's kernels take float64")
+
+
+@pytest.fixture(scope="session")
+def device(variant):
+    """The device of the tensors under test."""
+    return variant.device
+
+
+@pytest.fixture(scope="session")
+def kernel(variant):
+    """The kernel's module."""
+    return variant.load()
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +157,7 @@ def publish(hub, home, root=ROOT, fails=False):
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory, kernel):
+def published(tmp_path_factory):
     """A hub to which this checkout's build has been published. For tests that change nothing there."""
     with LoopbackHub() as hub:
         hub.publish_output = publish(hub, tmp_path_factory.mktemp("home"))

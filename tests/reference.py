@@ -52,8 +52,8 @@ def grad_table(grad, position_ids, num_rows, padding=None, padding_id=None):
     """The table's gradient, and the sum of the magnitudes of its terms, in float64."""
     hidden, axes = grad.shape[-1], position_ids.shape[-1]
     flat = grad.reshape(-1, hidden).double()
-    keep = torch.ones(position_ids.shape[:-1], dtype=torch.bool) if padding is None else ~padding
-    sums = torch.zeros(2, axes, num_rows, hidden, dtype=torch.float64)
+    keep = ~padding if padding is not None else torch.ones_like(position_ids[..., 0]) == 1
+    sums = torch.zeros(2, axes, num_rows, hidden, dtype=torch.float64, device=grad.device)
     for axis in range(axes):
         ids = position_ids[..., axis]
         used = keep if padding_id is None else keep & (ids != padding_id)

@@ -1,9 +1,13 @@
 """Every bad input is refused, with a message that names the argument, what it got and what it takes."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+
+from conftest import ROOT
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -45,14 +49,28 @@ BAD = {
 }  # fmt: skip
 
 
+def expected(message, variant):
+    """The message as this variant has it. The table above has the CPU's."""
+    if variant.is_cuda:
+        message = message.replace("float16, bfloat16 or float64", "float16 or bfloat16")
+    return re.escape(message.replace("and cpu", f"and {torch.zeros(0).device}"))
+
+
 @pytest.mark.parametrize("argument, value, message", BAD.values(), ids=BAD)
-def test_bad_argument(kernel, argument, value, message):
+def test_bad_argument(variant, kernel, argument, value, message):
+    value = value if value.is_meta else value.to(variant.device)
     arguments = good() | {argument: value}
-    with pytest.raises(ValueError, match="^fused_embedding_lookup: .*" + re.escape(message)):
+    with pytest.raises(
+        ValueError, match="^fused_embedding_lookup: .*" + expected(message, variant)
+    ):
         kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
 
 
-@pytest.mark.parametrize("bad", [4, 5, 2**31 - 1, 2**62])
+TOO_LARGE = [4, 5, 2**31 - 1, 2**62]
+
+
+@pytest.mark.variant("cpu")
+@pytest.mark.parametrize("bad", TOO_LARGE)
 def test_id_too_large(kernel, bad):
     """The message names the id, its axis and P; padded tokens are no exception, as in eager."""
     dtype = torch.int32 if bad < 2**31 else torch.int64
@@ -67,6 +85,7 @@ def test_id_too_large(kernel, bad):
         kernel.fused_embedding_lookup(ids, **arguments)
 
 
+@pytest.mark.variant("cpu")
 def test_first_of_many_ids_too_large_is_named(kernel):
     """Whichever thread meets one first."""
     ids = torch.zeros(5000, 2, dtype=torch.int64)
@@ -77,12 +96,58 @@ def test_first_of_many_ids_too_large_is_named(kernel):
             kernel.fused_embedding_lookup(ids, torch.randn(2, 10, 256))
 
 
+@pytest.mark.variant("cpu")
 def test_id_too_large_in_the_backward(kernel):
     ids = torch.tensor([[0, 9]])
     with pytest.raises(
         IndexError, match="less than the 4 rows of the table, got 9 on axis 1 of token 0"
     ):
         kernel.op.ops.backward(torch.ones(1, 8), ids, None, None, 4, torch.float32)
+
+
+@pytest.mark.variant("simt")
+@pytest.mark.parametrize("bad", TOO_LARGE)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_id_too_large_is_an_assertion(kernel, direction, bad):
+    """As in F.embedding; padded tokens are no exception. The launches after it are as good as new."""
+    arguments = good()
+    ids = arguments.pop("position_ids").to(torch.int32 if bad < 2**31 else torch.int64)
+    ids[1, 2, 1] = bad
+    arguments["padding"][1, 2] = True
+    with pytest.raises(RuntimeError, match="device-side assert triggered: id < lookup.num_rows"):
+        if direction == "forward":
+            kernel.fused_embedding_lookup(ids, **arguments)
+        else:
+            kernel.op.ops.backward(
+                torch.ones(2, 5, 8), ids, arguments["padding"], None, 4, torch.float32
+            )
+    kernel.fused_embedding_lookup(ids.clamp(max=3), **arguments)
+
+
+@pytest.mark.variant("cuda")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
+    """In a process of its own: nothing runs on the GPU after an assertion."""
+    call = {
+        "forward": "kernel.fused_embedding_lookup(ids, torch.ones(1, 4, 8, device='cuda'))",
+        "backward": "kernel.op.ops.backward(torch.ones(2, 8, device='cuda'), ids, None, None, 4, torch.float32)",
+    }
+    script = (
+        "import conftest, torch\n"
+        "kernel = conftest.VARIANTS['cuda'].load()\n"
+        "ids = torch.tensor([[3], [4]], device='cuda')\n"
+        f"{call[direction]}\n"
+        "torch.cuda.synchronize()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "device-side assert triggered" in result.stderr
 
 
 def test_padding_id_may_be_out_of_range(kernel):
@@ -110,6 +175,7 @@ def test_ids_below_zero_read_row_zero(kernel):
         ((torch.ones(8), torch.tensor(1), None, None, 4, torch.float32), "position_ids must have shape [..., K]"),
     ],
 )  # fmt: skip
-def test_bad_argument_of_the_backward(kernel, arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        kernel.op.ops.backward(*arguments)
+def test_bad_argument_of_the_backward(variant, kernel, arguments, message):
+    grad, ids, *rest = arguments
+    with pytest.raises(ValueError, match=expected(message, variant)):
+        kernel.op.ops.backward(grad.to(variant.device), ids.to(variant.device), *rest)

@@ -149,21 +149,22 @@ struct TokenOffsets {
   int64_t rows = 0;
 };
 
-// Without a division where the leading dimensions merged into one, as they do for contiguous
-// tensors.
+// Without a division where the leading dimensions merged into one, as those of contiguous tensors
+// do.
 __device__ __forceinline__ TokenOffsets token_offsets(const Lookup& lookup, uint32_t token) {
   TokenOffsets offsets;
-  for (int dim = lookup.num_token_dims - 1; dim >= 0; --dim) {
-    uint32_t index = token;
-    if (dim > 0) {
-      const auto size = static_cast<uint32_t>(lookup.token_sizes[dim]);
-      token /= size;
-      index -= token * size;
-    }
+#pragma unroll 1
+  for (int dim = lookup.num_token_dims - 1; dim > 0; --dim) {
+    const auto size = static_cast<uint32_t>(lookup.token_sizes[dim]);
+    const uint32_t index = token % size;
+    token /= size;
     offsets.ids += index * lookup.ids_strides[dim];
     offsets.padding += index * lookup.padding_strides[dim];
     offsets.rows += index * lookup.rows_strides[dim];
   }
+  offsets.ids += token * lookup.ids_strides[0];
+  offsets.padding += token * lookup.padding_strides[0];
+  offsets.rows += token * lookup.rows_strides[0];
   return offsets;
 }
 

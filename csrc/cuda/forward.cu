@@ -49,34 +49,31 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forwar
   load_residuals(lane * N);
 
   const bool padding = is_padding(lookup, offsets);
-  // Where the lane's row begins in the table. An axis that reads none is sent to its row 0, whose
-  // values are then not used: a branch would keep the loads from being in flight together.
   int64_t lane_row = 0;
   bool lane_has_row = false;
   if (lane < num_axes) {
     const int64_t row = load_row(lookup, offsets, lane);
-    lane_has_row = row != kNoRow;
-    lane_row = lane * params.table_axis_stride + (lane_has_row ? row : 0) * params.table_row_stride;
+    lane_has_row = row != kNoRow && !padding;
+    if (lane_has_row) lane_row = lane * params.table_axis_stride + row * params.table_row_stride;
   }
+  const unsigned has_row = __ballot_sync(kAllLanes, lane_has_row);
   const Table* rows[kMaxK];
 #pragma unroll
   for (int k = 0; k < kMaxK; ++k) {
     rows[k] = static_cast<const Table*>(params.table) + __shfl_sync(kAllLanes, lane_row, k);
   }
-  const unsigned has_row = __ballot_sync(kAllLanes, lane_has_row);
 
   Out* out = static_cast<Out*>(params.out) + int64_t{token} * lookup.hidden;
   for (int64_t first = lane * N; first < lookup.hidden; first += kUnroll * kStep) {
+    // Zeros for an axis without a row, and so a sum of zero for padding.
     Vector<Table, N> terms[kMaxK][kUnroll];
-    if (!padding) {
 #pragma unroll
-      for (int k = 0; k < kMaxK; ++k) {
+    for (int k = 0; k < kMaxK; ++k) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t column = first + u * kStep;
-          if (k < num_axes && column < lookup.hidden) {
-            terms[k][u] = load_cached<N>(rows[k] + column);
-          }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t column = first + u * kStep;
+        if ((has_row >> k & 1) != 0 && column < lookup.hidden) {
+          terms[k][u] = load_cached<N>(rows[k] + column);
         }
       }
     }
@@ -87,13 +84,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forwar
       Vector<Out, N> results;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float sum = 0.0f;
+        // Not from 0 on, which would turn a sum of -0 into +0.
+        float sum = terms[0][u].get(i);
 #pragma unroll
-        for (int k = 0; k < kMaxK; ++k) {
-          if (padding || k >= num_axes) break;
-          const float term = (has_row >> k & 1) != 0 ? terms[k][u].get(i) : 0.0f;
-          // Not 0 + term, which would turn a term of -0 into +0.
-          sum = k == 0 ? term : sum + term;
+        for (int k = 1; k < kMaxK; ++k) {
+          if (k < num_axes) sum += terms[k][u].get(i);
         }
         float result = static_cast<float>(static_cast<Table>(sum));
         if (residual != nullptr) result += residuals[u].get(i);

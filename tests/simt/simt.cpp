@@ -151,7 +151,7 @@ void run_block(std::vector<unsigned>& order) {
 
 bool is_ordered(const Access& access, const Memory& memory) {
   if (access.run < first_run_of_launch || access.run == 0) return true;  // an earlier launch's
-  if (access.run != run) return &memory == &shared;  // which is the block's own
+  if (access.run != run) return &memory == &shared;                      // which is the block's own
   if (access.block_epoch != block_epoch) return true;
   if (access.thread == kSeveral) return false;
   if (access.thread == current_index()) return true;
@@ -355,7 +355,9 @@ void drop_memory(const void* owner) {
 extern "C" {
 
 // For the tests.
-void simt_seed(uint32_t seed) { simt::generator.seed(seed + 1); }
+__attribute__((visibility("default"))) void simt_seed(uint32_t seed) {
+  simt::generator.seed(seed + 1);
+}
 
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
