@@ -35,7 +35,7 @@ asan: $(VENV)/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
+	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

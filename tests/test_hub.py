@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu, publish
 from loopback_hub import LoopbackHub
 
+pytestmark = pytest.mark.variant("cpu")
+
 LAYER = "Gemma4VisionPatchEmbedder"
 
 # What every script starts with. They run in processes of their own, because huggingface_hub reads
@@ -310,25 +312,26 @@ def test_untrusted_publisher(hub, tmp_path):
 
 
 def replace_variant(hub, name):
-    """Publish the CPU variant under another variant's name instead."""
+    """Publish the CPU variant under another variant's name, and no other."""
     moved = {
         path.replace(path.split("/")[1], name) if path.startswith("build/") else path: content
         for path, content in files(hub, "v1").items()
+        if not path.startswith("build/") or "-cpu-" in path
     }
     hub.repositories["kernel", REPO_ID].commit("v1", moved)
 
 
 @pytest.mark.parametrize(
-    "variant, reason",
+    "only, reason",
     [
         ("torch-stable-abi299-cpu-x86_64-linux", "too new for environment Torch"),
         ("torch-stable-abi210-rocm70-x86_64-linux", "does not match"),
         ("torch210-metal-aarch64-darwin", "does not match system"),
     ],
 )
-def test_no_variant_for_this_system(hub, tmp_path, variant, reason):
+def test_no_variant_for_this_system(hub, tmp_path, only, reason):
     """The reasons are listed; `kernelize` with KernelizeFallback.ALL keeps the original forward."""
-    replace_variant(hub, variant)
+    replace_variant(hub, only)
     message = run(hub, tmp_path, GET_KERNEL, fails=True)
     assert "Cannot find a build variant for this system" in message and reason in message
     script = """
@@ -364,7 +367,7 @@ def test_download_that_fails_then_a_retry(hub, tmp_path, kind):
 
 def test_tampered_extension(hub, tmp_path, variant_dir):
     """Who notices: `kernels` does not when it loads; the digest in metadata.json, if asked, does."""
-    (name,) = [path for path in files(hub, "v1") if path.endswith(".abi3.so")]
+    (name,) = [p for p in files(hub, "v1") if p.endswith(".abi3.so") and "-cpu-" in p]
     hub.add_files(REPO_ID, {name: files(hub, "v1")[name] + b"\0"}, branch="v1")
     path = run(hub, tmp_path, GET_KERNEL).strip()
     script = f"""

@@ -18,6 +18,8 @@ from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from conftest import REPO_ID, ROOT
 
 CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
+# Not tests/simt's.
+PUBLISHED = pytest.mark.variant("cpu", "cuda")
 SECTIONS = [CONFIG["torch"], *CONFIG["kernel"].values()]
 
 
@@ -51,6 +53,7 @@ def test_flake_parses():
     subprocess.run([nix, "--parse", ROOT / "flake.nix"], check=True, stdout=subprocess.DEVNULL)
 
 
+@PUBLISHED
 def test_variant_layout(kernel, variant_dir):
     """kernel-builder's: the package's files, flat, with the extension, _ops.py and metadata.json."""
     package = {path.name for path in (ROOT / "torch-ext" / "fused_embedding_lookup").glob("*.py")}
@@ -59,6 +62,7 @@ def test_variant_layout(kernel, variant_dir):
     assert not (variant_dir / "fused_embedding_lookup").exists()
 
 
+@PUBLISHED
 def test_metadata(kernel, variant_dir, device):
     metadata = Metadata.read_from_file(variant_dir / "metadata.json")
     assert metadata.id == kernel.__name__
@@ -82,6 +86,7 @@ def test_metadata(kernel, variant_dir, device):
     )
 
 
+@PUBLISHED
 def test_loaded_through_kernels(kernel):
     """What the tests test is what `kernels` loaded, under a name of its own."""
     assert kernel in [loaded.module for loaded in get_loaded_kernels()]
@@ -127,6 +132,7 @@ def undefined_symbols(extension: Path):
     return undefined, [line.split()[-2:] for line in lines if " U " not in line]
 
 
+@PUBLISHED
 def test_extension_needs_only_the_stable_abis(variant_dir):
     """Of torch its C shims, of Python the limited API, of C++ the standard library."""
     (extension,) = variant_dir.glob("*.abi3.so")
@@ -145,6 +151,7 @@ def test_extension_needs_only_the_stable_abis(variant_dir):
 NEWEST_OF_MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 
 
+@PUBLISHED
 def test_what_manylinux_2_28_would_reject_is_reported(variant_dir):
     """A local build takes what the machine's libraries have; kernel-builder holds to the limits."""
     (extension,) = variant_dir.glob("*.abi3.so")
