@@ -26,7 +26,7 @@ bench: build
 	$(RUN) benchmarks/compare.py $(ARGS)
 
 cuda: $(VENV)/installed $(TOOLKIT)/installed
-	CUDA_HOME=$(TOOLKIT)/nvidia/cu13 $(RUN) tools/build.py --backend cuda $(ARGS)
+	$(RUN) tools/build.py --backend cuda $(ARGS)
 
 # Python itself isn't instrumented, so the runtimes go in first, and leaks can't be told from Python's
 # own. Not captured (-s): a report ends the process. torch.compile would only build more code.

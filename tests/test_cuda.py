@@ -51,10 +51,10 @@ def test_launches(kernel, batch):
 def test_backward_is_deterministic(kernel):
     """50 runs, bit for bit, of sums in one run, in several runs and of single tokens."""
     ids, table, padding, residual, grad = problem(8)
-    for ids in (ids, torch.randint_like(ids, 10240), torch.randint_like(ids, 3)):
-        expected = step(kernel, ids, table, padding, residual, grad)[1]
+    for these in (ids, torch.randint_like(ids, 10240), torch.randint_like(ids, 3)):
+        expected = step(kernel, these, table, padding, residual, grad)[1]
         for _ in range(50):
-            actual = step(kernel, ids, table, padding, residual, grad)[1]
+            actual = step(kernel, these, table, padding, residual, grad)[1]
             assert torch.equal(actual, expected)
 
 
@@ -140,7 +140,7 @@ def test_another_device_than_the_current(kernel):
 def test_peak_memory(kernel):
     """A forward and backward hold the result, the table's gradient and half of the gradient again."""
     arguments = problem(40)
-    ids, table, _, residual, _ = arguments
+    _, table, _, residual, _ = arguments
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

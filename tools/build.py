@@ -8,7 +8,7 @@
 
 What is built, from which sources and with which flags is read from build.toml. The compilation
 itself is ninja's: incremental, parallel, with progress. The compiler is $CXX, or c++, with
-$CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME or on the PATH.
+$CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME, of `make cuda` or on the PATH.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main():
     args = parser.parse_args()
 
     try:
-        supported = [str(backend) for backend in Build.open(ROOT).general.backends]
+        Build.open(ROOT)
     except ValueError as error:
         sys.exit(f"error: build.toml: {error}")
     config = tomllib.loads((ROOT / "build.toml").read_text())
@@ -105,20 +105,22 @@ def main():
         variants = [Cuda(config, archs) if name == "cuda" else Cpu(config) for name in args.backend]
     else:
         variants = [Cpu(config)]
-        if torch.cuda.is_available():
-            native = ["{}.{}".format(*torch.cuda.get_device_capability())]
-            variants.append(Cuda(config, args.archs or native))
-        elif "cuda" in supported:
-            print("cuda: not built, torch sees no GPU here (--backend cuda builds it all the same)")
+        if not torch.cuda.is_available():
+            print("cuda: not built, torch sees no GPU (`make cuda` builds it all the same)")
+        elif find_nvcc() is None:
+            print(f"cuda: not built, {NO_NVCC}")
+        else:
+            native = "{}.{}".format(*torch.cuda.get_device_capability())
+            variants.append(Cuda(config, args.archs or [native]))
     for variant in variants:
         variant.build(args.output)
 
 
-class Cpu:
-    """A variant: which compiler with which flags makes which sources into one extension."""
+class Variant:
+    """Which compiler with which flags makes which sources into one extension."""
 
-    backend = "cpu"  # whose sources
-    runs_on = "cpu"  # whose tensors it takes
+    backend: str  # whose sources
+    runs_on: str  # whose tensors it takes
     build_folder_suffix = ""
     registration = REGISTRATION_H
     cxx_flags = ()
@@ -280,25 +282,25 @@ class Cpu:
         return {"type": self.runs_on}
 
 
+class Cpu(Variant):
+    backend = runs_on = "cpu"
+
+
 class Sanitized(Cpu):
     build_folder_suffix = "-sanitize"
     cxx_flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     link_flags = ("-fsanitize=address,undefined",)
 
 
-class Cuda(Cpu):
+class Cuda(Variant):
     backend = runs_on = "cuda"
 
     def __init__(self, config: dict, archs: list):
         super().__init__(config)
         self.archs = archs
-        home = os.environ.get("CUDA_HOME")
-        self.nvcc = shutil.which(Path(home, "bin", "nvcc").absolute() if home else "nvcc")
+        self.nvcc = find_nvcc()
         if self.nvcc is None:
-            sys.exit(
-                f"error: no CUDA compiler: nvcc is not {'in ' + home if home else 'on the PATH'}. "
-                "Install the CUDA toolkit, or run `make cuda`, which brings one from PyPI."
-            )
+            sys.exit(f"error: {NO_NVCC}")
         version = subprocess.run(
             [self.nvcc, "--version"], check=True, capture_output=True, text=True
         ).stdout
@@ -345,10 +347,11 @@ class Cuda(Cpu):
         return {"type": "cuda", "archs": sorted(self.archs)}
 
 
-class Simt(Cpu):
+class Simt(Variant):
     """The CUDA sources, unchanged, for CPU tensors: on tests/simt in place of a GPU."""
 
     backend = "cuda"
+    runs_on = "cpu"
     build_folder_suffix = "-simt"
     registration = REGISTRATION_H.replace(
         "STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)",
@@ -384,6 +387,16 @@ class Simt(Cpu):
             "  deps = gcc",
             "  description = compile $in for tests/simt",
         ]
+
+
+NO_NVCC = "there is no nvcc in $CUDA_HOME or on the PATH (`make cuda` brings one from PyPI)"
+
+
+def find_nvcc():
+    """The CUDA compiler's path, or None."""
+    homes = [os.environ.get("CUDA_HOME"), ROOT / ".build" / "cuda-toolkit" / "nvidia" / "cu13"]
+    candidates = [Path(home, "bin", "nvcc").absolute() for home in homes if home]
+    return next(filter(None, map(shutil.which, [*candidates, "nvcc"])), None)
 
 
 def accepts(compiler: str, flag: str) -> bool:
