@@ -1,18 +1,16 @@
 // grad_table[k, r, h] = sum of grad[t, h] over the unpadded tokens t whose max(ids[t, k], 0) is r
 //
 // Few rows are read by many tokens (an image's 2520 patches read 60 + 42 rows), or many by few, and
-// which is not known on the host. So the tokens are cut into tiles of kTile, and in each tile:
+// which is not known on the host. So the tokens are cut into tiles of kTile:
 //
-//   1. sort_kernel     sorts the tokens by the row they read, for each axis. The positions of one
-//   row
-//                      in that order are a segment.
-//   2. partial_kernel  brings a tile's gradients into shared memory, 64 bytes of each token a
-//   block,
-//                      and sums every segment of kMinRun tokens or more, for all axes. This is
-//                      where the gradient is read from memory: once.
-//   3. finish_kernel   adds up each row over the tiles, taking a segment's partial sums or, for a
-//                      short segment, the few gradients themselves, and rounds. The other rows it
-//                      fills with zeros.
+//   sort_kernel     sorts the tokens by the row they read, for each axis. The positions of one
+//                   row in that order are a segment.
+//   partial_kernel  brings the tile's gradients into shared memory, 64 bytes of each token a
+//                   block, and sums every segment of kMinRun tokens or more, for all axes. This
+//                   is where the gradient is read from memory, once.
+//   finish_kernel   adds up each row over the tiles, from the partial sums of its segments or,
+//                   where a segment is short, from its few gradients themselves, and rounds. The
+//                   other rows it fills with zeros.
 //
 // Deterministic: a sum's order is that of the tiles, and within a tile that of the tokens, whatever
 // runs first. Two lists, of the runs to sum and of the rows in use, are in the order in which
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
   for (int size = 2; size <= kTile; size *= 2) {
     for (int stride = size / 2; stride > 0; stride /= 2) {
       __syncthreads();
-      const int offset = threadIdx.x % stride;
+      const int offset = threadIdx.x & (stride - 1);
       const int low = (threadIdx.x - offset) * 2 + offset;
       const bool ascending = (low & size) == 0;
       const uint64_t a = keys[low];

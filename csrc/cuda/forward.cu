@@ -1,5 +1,4 @@
-// out[t, h] = residual[t, h] + (padding[t] ? 0 : round(sum over k of table[k, max(ids[t, k], 0),
-// h]))
+// out[t, h] = residual[t, h] + (padding[t] ? 0 : sum over k of table[k, max(ids[t, k], 0), h])
 //
 // One warp per token, eight tokens a block; a lane takes every 32nd vector of N columns. Lane k
 // reads the token's id on axis k and the warp shares it, so each id is read once. The vectors of

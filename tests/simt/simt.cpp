@@ -193,10 +193,7 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic = fals
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const auto stack = reinterpret_cast<uintptr_t>(current->stack);
   if (address >= stack && address + bytes <= stack + kStackBytes) return;
-  if (address % bytes != 0) {
-    fail("thread %u of block %u accesses %zu bytes at %p, which is not a multiple", current_index(),
-         block, bytes, pointer);
-  }
+  check_aligned(pointer, bytes);
   const Memory* found = nullptr;
   auto contains = [&](const Memory& memory) {
     return address >= memory.begin && address + bytes <= memory.end && (memory.writable || !write);
@@ -311,6 +308,12 @@ uint32_t ballot(uint32_t mask, bool predicate) {
     if ((mask >> i & 1) != 0 && values[i] != 0) result |= uint32_t{1} << i;
   }
   return result;
+}
+
+void check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  fail("thread %u of block %u accesses %zu bytes at %p, which is not a multiple", current_index(),
+       block, bytes, address);
 }
 
 uint32_t atomic(uint32_t* address, const std::function<uint32_t(uint32_t)>& change) {

@@ -49,6 +49,8 @@ uint64_t shuffle(uint32_t mask, uint64_t value, unsigned source);
 uint32_t ballot(uint32_t mask, bool predicate);
 // Stores change(old value) and returns the old one.
 uint32_t atomic(uint32_t* address, const std::function<uint32_t(uint32_t)>& change);
+// Of a vector, whose access the compiler may have split into smaller ones.
+void check_aligned(const void* address, size_t bytes);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 bool in_kernel();
 

@@ -55,14 +55,16 @@ inline unsigned atomicExch(unsigned* address, unsigned value) {
 // Cache hints change nothing here.
 template <typename T>
 T __ldg(const T* address) {
+  simt::check_aligned(address, sizeof(T));
   return *address;
 }
 template <typename T>
 T __ldcs(const T* address) {
-  return *address;
+  return __ldg(address);
 }
 template <typename T>
 void __stcs(T* address, T value) {
+  simt::check_aligned(address, sizeof(T));
   *address = value;
 }
 
