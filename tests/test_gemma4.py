@@ -1,48 +1,15 @@
 """The layer in transformers' own Gemma 4 classes, swapped in by `kernels.kernelize`."""
 
-import copy
 import inspect
 import types
 
 import pytest
 import torch
-from kernels import (
-    LocalLayerRepository,
-    Mode,
-    kernelize,
-    replace_kernel_forward_from_hub,
-    use_kernel_mapping,
-)
+from kernels import Mode
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPatchEmbedder
 
 import reference
-
-NAME = "Gemma4VisionPatchEmbedder"
-
-
-@pytest.fixture
-def swap_in(variant_dir, monkeypatch):
-    """Returns a copy of a model into which `kernelize` has swapped the layer, having checked that it did."""
-    # What @use_kernel_forward_from_hub would have done to the class.
-    monkeypatch.setattr(Gemma4VisionPatchEmbedder, "kernel_layer_name", None, raising=False)
-    monkeypatch.setattr(Gemma4VisionPatchEmbedder, "kernel_condition", None, raising=False)
-    replace_kernel_forward_from_hub(Gemma4VisionPatchEmbedder, NAME)
-    repository = LocalLayerRepository(variant_dir, layer_name=NAME)
-
-    def swap(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE):
-        model = copy.deepcopy(model)
-        device = next(model.parameters()).device
-        with use_kernel_mapping({NAME: {device.type: repository}}, inherit_mapping=False):
-            kernelize(model, mode=mode, device=device.type)
-        embedders = [m for m in model.modules() if isinstance(m, Gemma4VisionPatchEmbedder)]
-        assert embedders
-        for embedder in embedders:
-            assert embedder.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
-        return model
-
-    return swap
-
 
 CONFIG = Gemma4VisionConfig(**reference.SMALL_VISION_CONFIG)
 

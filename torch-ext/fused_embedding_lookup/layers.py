@@ -6,6 +6,8 @@ forward, for `transformers.KernelConfig`, which needs one for classes that trans
 decorate itself.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -83,3 +85,99 @@ class Gemma4VisionPatchEmbedderLayout(nn.Module):
         return hidden_states + torch.where(
             padding_positions.unsqueeze(-1), 0.0, position_embeddings
         )
+
+
+def _from_transformers(module: str, name: str):
+    """A class of transformers, which has it loaded: these layers run only in its models."""
+    return getattr(sys.modules[f"transformers.{module}"], name)
+
+
+class Gemma4UnifiedVisionEmbedder(nn.Module):
+    """`transformers`' class of this name: all there is of a vision tower in the encoder-free 12B."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    patch_ln1: nn.Module
+    patch_dense: nn.Module
+    patch_ln2: nn.Module
+    pos_embedding: torch.Tensor
+    pos_norm: nn.Module
+    multimodal_embedder: nn.Module
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_position_ids: torch.Tensor,
+        return_dict: bool = True,
+    ):
+        """Project merged image patches, add their position embeddings and normalise.
+
+        Args:
+            pixel_values: ``[batch, patches, 3 * model_patch_size**2]``
+            image_position_ids: ``[batch, patches, 2]``, (x, y) of each patch. An axis with -1 adds
+                nothing.
+            return_dict: False for a tuple.
+
+        Returns:
+            `BaseModelOutputWithPooling`: the embeddings, ``[batch, patches, mm_embed_dim]``, and
+            their projection into the language model's space.
+        """
+        target_dtype = self.patch_dense.weight.dtype
+        if target_dtype.is_floating_point:
+            pixel_values = pixel_values.to(target_dtype)
+        hidden_states = self.patch_ln2(self.patch_dense(self.patch_ln1(pixel_values)))
+        # The table is [P, 2, H]; the view of it as [2, P, H] is read where it is.
+        hidden_states = fused_embedding_lookup(
+            image_position_ids,
+            self.pos_embedding.transpose(0, 1),
+            residual=hidden_states,
+            padding_id=-1,
+        )
+        hidden_states = self.pos_norm(hidden_states)
+        output = _from_transformers("modeling_outputs", "BaseModelOutputWithPooling")(
+            last_hidden_state=hidden_states,
+            pooler_output=self.multimodal_embedder(hidden_states),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class Gemma4UnifiedVisionEmbedderLayout(nn.Module):
+    """What `KernelConfig` builds in place of `Gemma4UnifiedVisionEmbedder`; plain PyTorch."""
+
+    def __init__(self, vision_config, text_config):
+        super().__init__()
+        patch_dim = vision_config.model_patch_size**2 * 3
+        mm_embed_dim = vision_config.mm_embed_dim
+        self.patch_ln1 = nn.LayerNorm(patch_dim)
+        self.patch_dense = nn.Linear(patch_dim, mm_embed_dim)
+        self.patch_ln2 = nn.LayerNorm(mm_embed_dim)
+        self.pos_embedding = nn.Parameter(
+            torch.zeros(vision_config.mm_posemb_size, 2, mm_embed_dim)
+        )
+        self.pos_norm = nn.LayerNorm(mm_embed_dim)
+        embedder = _from_transformers(
+            "models.gemma4_unified.modeling_gemma4_unified", "Gemma4UnifiedMultimodalEmbedder"
+        )
+        self.multimodal_embedder = embedder(vision_config, text_config)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_position_ids: torch.Tensor,
+        return_dict: bool = True,
+    ):
+        target_dtype = self.patch_dense.weight.dtype
+        if target_dtype.is_floating_point:
+            pixel_values = pixel_values.to(target_dtype)
+        hidden_states = self.patch_ln2(self.patch_dense(self.patch_ln1(pixel_values)))
+        x, y = image_position_ids.clamp(min=0).unbind(-1)
+        rows = torch.stack([self.pos_embedding[x, 0], self.pos_embedding[y, 1]], dim=-2)
+        is_padding = (image_position_ids == -1).unsqueeze(-1)
+        hidden_states = hidden_states + torch.where(is_padding, 0.0, rows).sum(-2)
+        hidden_states = self.pos_norm(hidden_states)
+        output = _from_transformers("modeling_outputs", "BaseModelOutputWithPooling")(
+            last_hidden_state=hidden_states,
+            pooler_output=self.multimodal_embedder(hidden_states),
+        )
+        return output.to_tuple() if return_dict is False else output
