@@ -18,10 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import kernels
 import pytest
 import torch
-from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPatchEmbedder
-from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedVisionEmbedder
 
 import reference
+import swapping
 from loopback_hub import LoopbackHub
 
 torch.manual_seed(0)
@@ -145,33 +144,13 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-LAYERS = (Gemma4VisionPatchEmbedder, Gemma4UnifiedVisionEmbedder)
-
-
 @pytest.fixture
 def swap_in(variant_dir, monkeypatch):
     """Returns a copy of a model into which `kernelize` has swapped our layers, having checked it did."""
-    mapping = {}
-    for layer in LAYERS:
-        # What @use_kernel_forward_from_hub would have done to the class.
+    for layer in swapping.LAYERS:  # swapping.swap decorates the classes, and this takes it back
         monkeypatch.setattr(layer, "kernel_layer_name", None, raising=False)
         monkeypatch.setattr(layer, "kernel_condition", None, raising=False)
-        kernels.replace_kernel_forward_from_hub(layer, layer.__name__)
-        repository = kernels.LocalLayerRepository(variant_dir, layer_name=layer.__name__)
-        mapping[layer.__name__] = {device: repository for device in ("cpu", "cuda")}
-
-    def swap(model, mode=kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE):
-        model = copy.deepcopy(model)
-        device = next(model.parameters()).device
-        with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
-            kernels.kernelize(model, mode=mode, device=device.type)
-        layers = [module for module in model.modules() if isinstance(module, LAYERS)]
-        assert layers
-        for layer in layers:
-            assert layer.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
-        return model
-
-    return swap
+    return lambda model, *args: swapping.swap(copy.deepcopy(model), variant_dir, *args)
 
 
 def publish(hub, home, root=ROOT, fails=False):
