@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernels import Mode
+from transformers import pipeline
 
 import tiny_models
 
@@ -27,6 +28,25 @@ def test_generate(swap_in, name, media, dtype):
     expected, actual = original.generate(**batch, **options), ours.generate(**batch, **options)
     assert torch.equal(actual.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(actual.logits, expected.logits, strict=True))
+
+
+@pytest.mark.parametrize("name", ["e2b", "31b"])
+def test_image_text_to_text_pipeline(variant, swap_in, name):
+    """From a photo and words to words, through Gemma 4's own processors."""
+    original = tiny_models.build(name)
+    messages = tiny_models.conversation({"image": tiny_models.photos()[0]})[:1]
+    answers = []
+    with torch.device("cpu"):  # where the processors work; the pipeline moves what they return
+        for model in (original, swap_in(original, Mode.INFERENCE)):
+            answer = pipeline(
+                "image-text-to-text",
+                model=model,
+                processor=tiny_models.processor(),
+                device=variant.device,
+            )
+            answers.append(answer(text=messages, max_new_tokens=5, do_sample=False))
+    assert answers[0] == answers[1]
+    assert answers[0][0]["generated_text"][-1]["content"].split()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

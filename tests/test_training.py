@@ -7,8 +7,10 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import tiny_models
 
@@ -158,6 +160,41 @@ def test_trainer(variant, swap_in, name, tmp_path):
         # The data loader's sampler draws on the CPU, whatever the default device is.
         with torch.device("cpu"):
             trainer = Trainer(model, arguments, train_dataset=Prompts(name))
+            trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["e2b", "31b"])
+def test_trl_sft(variant, swap_in, name, tmp_path):
+    """Two steps of TRL's SFTTrainer on conversations with photos, LoRA on the language model."""
+    losses = []
+    original = tiny_models.build(name).train()
+    rows = [
+        {"images": [photo], "messages": tiny_models.conversation({})}
+        for photo in tiny_models.photos(3)
+    ]
+    for model in (copy.deepcopy(original), swap_in(original)):
+        arguments = SFTConfig(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=1,
+            max_length=None,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+            use_cpu=variant.device.type == "cpu",
+        )
+        with torch.device("cpu"):
+            trainer = SFTTrainer(
+                model,
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tiny_models.processor(),
+                peft_config=LoraConfig(target_modules=r".*language_model.*(q_proj|v_proj)"),
+            )
             trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 2

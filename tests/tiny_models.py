@@ -3,14 +3,20 @@
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
+    Gemma4Processor,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 import reference
@@ -124,3 +130,43 @@ def prompt(name, token="image_token_id"):
         "mm_token_type_ids": kinds.long(),
         **vision,
     }
+
+
+class Processor(Gemma4Processor):
+    """Without the video processor, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, name, argument):
+        if argument is not None:
+            return super().check_argument_for_proper_class(name, argument)
+
+
+def processor():
+    """Gemma 4's, for images and text, with a vocabulary of the words w4 to w99."""
+    special = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
+    media = {"image": 100, "boi": 102, "eoi": 103, "audio": 104, "boa": 105, "eoa": 106}
+    vocabulary = {f"<{name}>": number for name, number in (special | media).items()}
+    vocabulary |= {f"w{number}": number for number in range(4, 100)} | {"<|video|>": 101}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessorPil(max_soft_tokens=70),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            **{f"{name}_token": f"<{name}>" for name in special},
+            extra_special_tokens={f"{name}_token": f"<{name}>" for name in media},
+        ),
+        video_processor=None,
+        chat_template=(
+            "{% for message in messages %}{% for part in message['content'] %}"
+            "{{ ' <image> ' if part['type'] == 'image' else ' ' + part['text'] }}"
+            "{% endfor %}{% endfor %}"
+        ),
+    )
+
+
+def conversation(image):
+    """A user's question with a photo, and the answer."""
+    question = [{"type": "image", **image}, {"type": "text", "text": "w7 w8"}]
+    answer = [{"type": "text", "text": "w9 w10"}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
