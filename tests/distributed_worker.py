@@ -94,6 +94,31 @@ def fsdp_offload(args):
     fsdp(args, CPUOffloadPolicy(pin_memory=False))
 
 
+def zero3(args):
+    """DeepSpeed's ZeRO-3: parameters are gathered for the forward and backward of their module."""
+    import deepspeed  # not at the top: it changes what other libraries do
+    from deepspeed.utils import safe_get_full_grad
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    batches = samples(args.name, dist.get_world_size())
+    alone = tiny_models.build(args.name).train()
+    (sum(alone(**batch).loss for batch in batches) / len(batches)).backward()
+    model = swapping.swap(tiny_models.build(args.name).train(), args.variant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    assert all(parameter.numel() == 0 for parameter in model.parameters()), "not partitioned"
+    engine.backward(engine(**batches[dist.get_rank()]).loss)
+    for (path, parameter), theirs in zip(model.named_parameters(), alone.parameters()):
+        torch.testing.assert_close(
+            safe_get_full_grad(parameter), theirs.grad, rtol=2e-4, atol=2e-6, msg=path
+        )
+
+
 def sequence(args):
     """The tokens split over the ranks: the op works token by token, so shards equal the whole."""
     kernel = swapping.load(args.variant)
@@ -136,7 +161,7 @@ def tensor_parallel(args):
     torch.testing.assert_close(whole(actual), expected)
 
 
-WAYS = {f.__name__: f for f in (ddp, fsdp, fsdp_offload, sequence, tensor_parallel)}
+WAYS = {f.__name__: f for f in (ddp, fsdp, fsdp_offload, zero3, sequence, tensor_parallel)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -19,7 +19,7 @@ def share(way, name, variant_dir, *arguments, processes=2):
     result = subprocess.run(
         [*command, *arguments],
         cwd=ROOT / "tests",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,
@@ -28,7 +28,7 @@ def share(way, name, variant_dir, *arguments, processes=2):
     assert "the shared step is the step taken alone" in result.stdout
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp_offload"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp_offload", "zero3"])
 @pytest.mark.parametrize("name", ["e2b", "unified-12b"])
 def test_training_step(variant_dir, way, name):
     share(way, name, variant_dir)

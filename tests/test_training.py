@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import swapping
 import tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
@@ -127,6 +128,24 @@ def test_compiled_training_step(swap_in):
         model(pixels, ids, (ids == -1).all(-1)).square().mean().backward()
     for parameter, expected in zip(ours.parameters(), original.parameters()):
         torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("table", ["frozen", "trained"])
+def test_quantised_projection(swap_in, name, table):
+    """An 8-bit projection of the patches, by torchao; the table frozen or trained."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = tiny_models.build(name).train()
+    embedder = next(m for m in model.modules() if isinstance(m, swapping.LAYERS))
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("layernorm" in path)
+    for path, parameter in embedder.named_parameters():
+        parameter.requires_grad_(table == "trained" and path.endswith(TABLES))
+    quantize_(
+        embedder, Int8WeightOnlyConfig(), lambda m, path: path in ("input_proj", "patch_dense")
+    )
+    assert_same_step(swap_in, model, name)
 
 
 class Prompts(torch.utils.data.Dataset):
