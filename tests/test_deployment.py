@@ -46,17 +46,26 @@ def test_export(swap_in, name):
         assert torch.equal(first(loaded(*batch, *extra)), first(original(*batch)))
 
 
-def test_aot_inductor(swap_in, tmp_path):
-    """Compiled ahead of time into a package, which calls the op."""
-    original, arguments = embedder_and_batch("e2b")
-    ours = swap_in(torch.nn.Sequential(original))[0]
+def test_vision_tower_exported_and_compiled_ahead(swap_in, tmp_path):
+    """The whole tower, as a graph that calls the op, and as AOTInductor's package."""
+    original = tiny_models.build("e2b").model.vision_tower
+    ours = swap_in(original)
+    batch = tiny_models.prompt("e2b")
+    arguments = batch["pixel_values"], batch["image_position_ids"]
     with torch.no_grad():
-        exported = torch.export.export(ours, tuple(arguments))
-        package = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(tmp_path / "embedder.pt2")
+        expected = original(*arguments).last_hidden_state
+        exported = torch.export.export(ours, arguments, strict=False)
+        assert torch.equal(exported.module()(*arguments).last_hidden_state, expected)
+        targets = {str(node.target) for node in exported.graph.nodes}
+        assert any("fused_embedding_lookup" in target for target in targets)
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "tower.pt2")
         )
-        actual = torch._inductor.aoti_load_package(package)(*arguments)
-        torch.testing.assert_close(actual, original(*arguments))
+        package = torch._inductor.aoti_load_package(path)
+        # The compiler's own fusions round elsewhere, with or without our layer.
+        torch.testing.assert_close(
+            package(*arguments).last_hidden_state, expected, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("name", ["e2b", "unified-12b"])
@@ -89,13 +98,14 @@ def test_kernelize_again_and_in_another_mode(swap_in, variant_dir, name):
         assert torch.equal(ours(**batch).logits, expected)
 
 
-def test_without_a_mapping_the_original_comes_back(swap_in):
+@pytest.mark.parametrize("name", ["e2b", "unified-12b"])
+def test_without_a_mapping_the_original_comes_back(swap_in, name):
     """kernelize with nothing for a layer restores its own forward."""
-    ours = swap_in(tiny_models.build("e2b"))
-    embedder = ours.model.vision_tower.patch_embedder
+    ours = swap_in(tiny_models.build(name))
+    (embedder,) = [m for m in ours.modules() if isinstance(m, swapping.LAYERS)]
     assert swapping.is_ours(embedder)
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
-        kernels.kernelize(ours, mode=Mode.INFERENCE, device=embedder.input_proj.weight.device.type)
+        kernels.kernelize(ours, mode=Mode.INFERENCE, device=ours.device.type)
     assert not swapping.is_ours(embedder)
 
 

@@ -176,6 +176,34 @@ def test_from_pretrained_with_kernel_config(published, tmp_path):
     run(published, tmp_path, SMALL_MODEL + checkpoint + textwrap.dedent(script))
 
 
+@needs_torch_for_cpu
+def test_from_pretrained_with_kernel_config_unified(published, tmp_path):
+    """The same for Gemma 4 Unified, a whole model."""
+    script = """
+    import tiny_models
+    from transformers import KernelConfig
+    from transformers.utils import kernel_config
+
+    kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES.append("cpu")
+    layer = "Gemma4UnifiedVisionEmbedder"
+    model = tiny_models.build("unified-12b")
+    model.save_pretrained(CHECKPOINT)
+    loaded, info = type(model).from_pretrained(
+        CHECKPOINT,
+        use_kernels=True,
+        kernel_config=KernelConfig({layer: f"{REPO}:{layer}"}),
+        output_loading_info=True,
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert type(loaded.model.embed_vision).__name__ == layer + "Layout"
+    assert is_ours(loaded.model.embed_vision)
+    batch = tiny_models.prompt("unified-12b")
+    assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
+    """
+    checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
+    run(published, tmp_path, checkpoint + textwrap.dedent(script))
+
+
 MODELING = f"""
 import torch
 from kernels import get_kernel

@@ -49,6 +49,13 @@ def test_image_text_to_text_pipeline(variant, swap_in, name):
     assert answers[0][0]["generated_text"][-1]["content"].split()
 
 
+def test_continuous_batching_is_not_for_gemma_4_yet():
+    """transformers 5.22.2: generate_batch fails on Gemma 4's configuration, ours or not, and its
+    requests are token ids, without images. This fails once that changes."""
+    with pytest.raises(Exception, match="'head_dim' is a per-layer attribute"):
+        tiny_models.build("e2b").generate_batch(inputs=[[2, 5, 6, 7], [2, 8, 9]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", tiny_models.MODELS[:3])
 def test_training_step(swap_in, name, dtype):

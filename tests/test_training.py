@@ -17,6 +17,9 @@ import tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 NAMES = ["e2b", "unified-12b"]
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 TABLES = ("position_embedding_table", "pos_embedding")
 
 
@@ -57,9 +60,10 @@ def assert_same_step(swap_in, original, name, step=lambda model, batch: model(**
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("table", ["frozen", "trained"])
-def test_lora(swap_in, name, table):
+@EVERY_DTYPE
+def test_lora(swap_in, name, table, dtype):
     """LoRA on every linear layer, the patch projection too; the table frozen or in modules_to_save."""
-    model = tiny_models.build(name)
+    model = tiny_models.build(name, dtype)
     embedder = "embed_vision" if name == "unified-12b" else "patch_embedder"
     projection = "patch_dense" if name == "unified-12b" else "input_proj"
     layers = r"language_model\..*\.(q_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -85,8 +89,9 @@ def test_lora(swap_in, name, table):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(swap_in, name, use_reentrant):
-    model = tiny_models.build(name).train()
+@EVERY_DTYPE
+def test_gradient_checkpointing(swap_in, name, use_reentrant, dtype):
+    model = tiny_models.build(name, dtype).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
@@ -107,9 +112,10 @@ def test_autocast(variant, swap_in, name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_accumulation(swap_in, name):
+@EVERY_DTYPE
+def test_gradient_accumulation(swap_in, name, dtype):
     """Three steps into the same gradients."""
-    original = tiny_models.build(name).train()
+    original = tiny_models.build(name, dtype).train()
     ours = swap_in(original)
     for model in (original, ours):
         for _ in range(3):
