@@ -175,3 +175,24 @@ def test_layout_is_the_original(kernel, dtype):
     # And the layer's forward runs on it, as `kernelize` makes it.
     layout.forward = types.MethodType(kernel.layers.Gemma4VisionPatchEmbedder.forward, layout)
     assert torch.equal(layout(*batch), original(*batch))
+
+
+@pytest.mark.kernels_ci
+def test_padding_negative_and_too_large_ids(variant, swap_in):
+    """What transformers tests of this module: padding is zeroed, negative ids read row 0, others raise."""
+    ours = swap_in(embedder(torch.float32))
+    table = ours.position_embedding_table
+    pixels = torch.rand(1, 3, 3 * 16**2)
+    projected = ours.input_proj(2 * (pixels - 0.5))
+    ids = torch.tensor([[[1, 2], [-1, -1], [-1, 3]]])
+    padding = torch.tensor([[False, True, False]])
+    out = ours(pixels, ids, padding)
+    assert torch.equal(out[0, 0], projected[0, 0] + (table[0, 1] + table[1, 2]))
+    assert torch.equal(out[0, 1], projected[0, 1])
+    assert torch.equal(out[0, 2], projected[0, 2] + (table[0, 0] + table[1, 3]))
+    if (
+        variant.device.type == "cpu"
+    ):  # a GPU would be lost to the tests after it, see test_errors.py
+        ids[0, 0, 0] = 128
+        with pytest.raises(RuntimeError if variant.is_cuda else IndexError):
+            ours(pixels, ids, padding)
