@@ -140,6 +140,16 @@ def sequence(args):
     dist.all_reduce(grad_table)
     torch.testing.assert_close(grad_table, expected[0])
 
+    # Exactly, where no row is read on two ranks: the reduction adds zeros.
+    ids = torch.randperm(630, generator=torch.Generator().manual_seed(0))[:, None]
+    table = torch.randn(1, 630, 64, requires_grad=True)
+    alone = kernel.fused_embedding_lookup(ids, table)
+    (expected_table,) = torch.autograd.grad(alone, table, grad[0])
+    shard = kernel.fused_embedding_lookup(ids.chunk(ranks)[rank], table)
+    (grad_table,) = torch.autograd.grad(shard, table, grad[0].chunk(ranks)[rank])
+    dist.all_reduce(grad_table)
+    assert torch.equal(grad_table, expected_table)
+
 
 def tensor_parallel(args):
     """transformers' tp_plan="auto": the language model's layers are split, what sees the image isn't.

@@ -58,7 +58,7 @@ BROKEN = {
         BACKWARD, "  __syncthreads();\n\n  const int lane = threadIdx.x % kTokenLanes", "  const int lane = threadIdx.x % kTokenLanes", "a race: .* shared memory",
     ),
     "the barrier before the next row is missing": (
-        BACKWARD, "    }\n    __syncthreads();\n  }\n}", "    }\n  }\n}", "a race: .* shared memory",
+        BACKWARD, "    }\n    __syncthreads();\n  }\n\n", "    }\n  }\n\n", "a race: .* shared memory",
     ),
     "only some threads come to a barrier": (
         BACKWARD, "    if (warp == 0 && has_column) {", "    if (warp == 3) return;\n    if (warp == 0 && has_column) {", "is stuck",

@@ -124,12 +124,14 @@ def prompt(name, token="image_token_id"):
     soft = ([102] + [TOKENS[token]] * count + [103]) * repeats
     input_ids = torch.tensor([[2, 5, 6, *soft, 7, 8, 9]])
     kinds = (input_ids == 100) + 2 * (input_ids == 101)
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "mm_token_type_ids": kinds.long(),
         **vision,
     }
+    # The processor works on the CPU.
+    return {key: value.to(torch.get_default_device()) for key, value in batch.items()}
 
 
 class Processor(Gemma4Processor):

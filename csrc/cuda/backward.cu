@@ -294,15 +294,6 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize, 5) finish_kernel(cons
   const int lane = threadIdx.x % kWarpSize;
   auto* grad_table = static_cast<Table*>(plan.params.grad_table);
 
-  for (int64_t row = int64_t{blockIdx.x} * kFinishWarps + warp; row < plan.table_rows;
-       row += int64_t{gridDim.x} * kFinishWarps) {
-    if (plan.row_used[row] != 0) continue;
-    const Vector<Table, N> zeros;
-    for (int64_t column = lane * N; column < lookup.hidden; column += kColumns) {
-      store_streaming<N>(grad_table + row * lookup.hidden + column, zeros);
-    }
-  }
-
   auto* warp_sums = reinterpret_cast<float*>(dynamic_shared_memory) + lane * N;
   const auto num_slabs = static_cast<uint32_t>((lookup.hidden + kColumns - 1) / kColumns);
   const int num_tiles = static_cast<int>(plan.num_tiles);
@@ -368,6 +359,16 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize, 5) finish_kernel(cons
       store_streaming<N>(grad_table + table_row * lookup.hidden + column, result);
     }
     __syncthreads();
+  }
+
+  // The other rows, last: few blocks have had a row to sum.
+  for (int64_t row = int64_t{blockIdx.x} * kFinishWarps + warp; row < plan.table_rows;
+       row += int64_t{gridDim.x} * kFinishWarps) {
+    if (plan.row_used[row] != 0) continue;
+    const Vector<Table, N> zeros;
+    for (int64_t column = lane * N; column < lookup.hidden; column += kColumns) {
+      store_streaming<N>(grad_table + row * lookup.hidden + column, zeros);
+    }
   }
 }
 
