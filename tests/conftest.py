@@ -76,7 +76,7 @@ AVAILABLE = [name for name in VARIANTS if why_not(name) is None]
 # The Hub's layers come without a choice of backend.
 needs_torch_for_cpu = pytest.mark.skipif(
     torch.version.cuda is not None and why_not("cuda") is not None,
-    reason="LayerRepository loads the variant for torch's own backend, CUDA's, which isn't built",
+    reason="LayerRepository loads the variant for torch's own backend, CUDA's, and there is no GPU",
 )
 
 
