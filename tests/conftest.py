@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import reference
-import swapping
 from loopback_hub import LoopbackHub
 
 torch.manual_seed(0)
@@ -147,6 +146,8 @@ def poison():
 @pytest.fixture
 def swap_in(variant_dir, monkeypatch):
     """Returns a copy of a model into which `kernelize` has swapped our layers, having checked it did."""
+    import swapping  # transformers' models, which take seconds and few tests need
+
     for layer in swapping.LAYERS:  # swapping.swap decorates the classes, and this takes it back
         monkeypatch.setattr(layer, "kernel_layer_name", None, raising=False)
         monkeypatch.setattr(layer, "kernel_condition", None, raising=False)
