@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from collections import defaultdict
@@ -93,15 +94,18 @@ def test_every_architecture_is_there(resources, machine_code):
     """kernel-builder's. A build for one GPU has that one's only."""
     assert set(resources) == set(machine_code)
     if "CI" in os.environ:
-        numbers = ["75", "80", "86", "87", "89", "90", "100", "110", "120", "121"]
-        assert set(machine_code) == {f"sm_{number}" for number in numbers}
+        archs = runpy.run_path(ROOT / "tools" / "build.py")["CUDA_ARCHS"]
+        names = {"sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in archs}
+        assert set(machine_code) == names
 
 
 def test_registers_leave_room_for_the_loads_in_flight(resources):
     """What the README's estimates assume: 1024 threads of the main forward, 15 warps of the finish."""
     for arch, report in resources.items():
+        main = [n for n in report if re.fullmatch(r"forward_kernel<(\w+), \1, [48], 2>", n)]
+        assert len(main) == 3
         for name, (*_, registers) in report.items():
-            if re.fullmatch(r"forward_kernel<(\w+), \1, [48], 2>", name):
+            if name in main:
                 assert registers <= 64, f"{name} for {arch}"
             assert registers <= 102, f"{name} for {arch}"
 

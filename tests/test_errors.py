@@ -150,6 +150,26 @@ def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
     assert "device-side assert triggered" in result.stderr
 
 
+@pytest.mark.variant("simt", "cuda")
+def test_too_many_tokens(kernel):
+    """More than 32 bits count. Expanded tensors, and a result of which no page is touched."""
+    ids = torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1)
+    table = torch.zeros(1, 1, 1, dtype=torch.float16)
+    message = "position_ids must have at most 2147483647 tokens on CUDA, got 2147483648"
+    with pytest.raises(ValueError, match=message):
+        kernel.fused_embedding_lookup(ids, table)
+    with pytest.raises(ValueError, match=message):
+        kernel.op.ops.backward(table[0].expand(2**31, 1), ids, None, None, 1, torch.float16)
+
+
+@pytest.mark.variant("simt", "cuda")
+def test_too_large_a_table_for_the_backward(kernel):
+    grad, ids = torch.zeros(1, 1, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int64)
+    message = re.escape("table of shape [1, 2147483648, 1] is too large for the backward on CUDA")
+    with pytest.raises(ValueError, match=message):
+        kernel.op.ops.backward(grad, ids, None, None, 2**31, torch.float16)
+
+
 def test_padding_id_may_be_out_of_range(kernel):
     """It reads nothing, so it is not an address."""
     table = torch.randn(2, 4, 8)

@@ -306,13 +306,14 @@ def test_many_token_dimensions(kernel):
 
 
 @pytest.mark.kernels_ci
-def test_every_length_of_a_run(variant, kernel, poison):
+@pytest.mark.parametrize("hidden", [40, 41])  # vectors, and none
+def test_every_length_of_a_run(variant, kernel, poison, hidden):
     """Rows read by 1, 2, ... tokens of the same tile, up to all: on CUDA a few are summed one by one,
     more by one group of threads, many by several."""
     lengths = [1, 2, 7, 8, 9, 127, 128, 129, 255, 300, 1023, 1024, 1025]
     rows = torch.cat([torch.full((length,), row) for row, length in enumerate(lengths)])
     ids = torch.stack([rows, rows.flip(0)], dim=1)[torch.randperm(len(rows))]
-    table = torch.randn(2, len(lengths) + 2, 40, requires_grad=True)
+    table = torch.randn(2, len(lengths) + 2, hidden, requires_grad=True)
     out = kernel.fused_embedding_lookup(ids, table)
     grad = torch.randn_like(out)
     out.backward(grad)

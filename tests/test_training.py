@@ -154,6 +154,19 @@ def test_quantised_projection(swap_in, name, table):
     assert_same_step(swap_in, model, name)
 
 
+def two_steps(folder, variant):
+    """What both trainers are told."""
+    return {
+        "output_dir": folder,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": variant.device.type == "cpu",
+    }
+
+
 class Prompts(torch.utils.data.Dataset):
     def __init__(self, name):
         self.item = {key: value[0] for key, value in batch(name).items()}
@@ -172,15 +185,9 @@ def test_trainer(variant, swap_in, name, tmp_path):
     original = tiny_models.build(name).train()
     for model in (copy.deepcopy(original), swap_in(original)):
         arguments = TrainingArguments(
-            tmp_path,
-            max_steps=2,
             per_device_train_batch_size=2,
             gradient_checkpointing=True,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=variant.device.type == "cpu",
+            **two_steps(tmp_path, variant),
         )
         # The data loader's sampler draws on the CPU, whatever the default device is.
         with torch.device("cpu"):
@@ -201,16 +208,10 @@ def test_trl_sft(variant, swap_in, name, tmp_path):
     ]
     for model in (copy.deepcopy(original), swap_in(original)):
         arguments = SFTConfig(
-            tmp_path,
-            max_steps=2,
             per_device_train_batch_size=1,
             max_length=None,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
             bf16=False,
-            use_cpu=variant.device.type == "cpu",
+            **two_steps(tmp_path, variant),
         )
         with torch.device("cpu"):
             trainer = SFTTrainer(

@@ -103,7 +103,7 @@ def photos(count=1):
 def prompt(name, token="image_token_id"):
     """Arguments of a model's forward and `generate`: some text with a photo, or a video of two frames, in it."""
     if name == "unified-12b":
-        # Gemma4UnifiedImageProcessor needs torchvision. 12-pixel patches of what the other makes of it.
+        # Made by hand, of 12-pixel patches: Gemma4UnifiedImageProcessor needs torchvision.
         ids = reference.grid(1, 24, 6, 4)
         ids[0, -4:] = -1
         pixels = torch.linspace(0, 1, 24 * 3 * 12**2).sin().view(1, 24, -1)

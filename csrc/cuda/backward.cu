@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kPartialThreads) partial_kernel(const Plan pla
         for (int u = 0; u < kUnroll; ++u) {
           const int token = first + u * kTokensAtOnce;
           if (token < num_tokens) {
-            vectors[u] =
-                load_streaming<N>(grad + token_offsets(lookup, first_token + token).rows + column);
+            vectors[u] = load<N, Cache::kStream>(
+                grad + token_offsets(lookup, first_token + token).rows + column);
           }
         }
 #pragma unroll
@@ -272,7 +272,7 @@ __device__ __forceinline__ void add_rows(const T* rows, int64_t lane_offset, uns
       const int source = lanes != 0 ? __ffs(lanes) - 1 : 0;
       lanes &= lanes - 1;
       const int64_t offset = __shfl_sync(kAllLanes, lane_offset, source);
-      if (valid[u]) vectors[u] = load_streaming<N>(rows + offset);
+      if (valid[u]) vectors[u] = load<N, Cache::kStream>(rows + offset);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -413,6 +413,13 @@ void launch_backward(const Backward& params, const Tensor& like) {
     const int64_t num_slabs = (lookup.hidden + kColumns - 1) / kColumns;
     plan.pitch = num_slabs * kColumns;
 
+    const bool vectorise =
+        can_vectorise_rows(lookup, params.grad, sizeof(Grad), N, params.grad_hidden_stride);
+    const int columns = vectorise ? N * kWarpSize : kWarpSize;
+    const int64_t items = plan.table_rows * ((lookup.hidden + columns - 1) / columns);
+    check(items <= std::numeric_limits<int32_t>::max(), "table of shape [", lookup.num_axes, ", ",
+          lookup.num_rows, ", ", lookup.hidden, "] is too large for the backward on CUDA");
+
     const int64_t tile_axes = plan.num_tiles * lookup.num_axes;
     Workspace workspace;
     workspace.add(plan.segments, plan.table_rows * plan.num_tiles);
@@ -428,8 +435,6 @@ void launch_backward(const Backward& params, const Tensor& like) {
     workspace.place(memory.mutable_data_ptr());
 
     check_cuda(cudaMemsetAsync(plan.segments, 0, zeroed_bytes, stream), "clearing the workspace");
-    const bool vectorise =
-        can_vectorise_rows(lookup, params.grad, sizeof(Grad), N, params.grad_hidden_stride);
     if (plan.num_tiles > 0) {
       launch("the backward's sort", sort_kernel, tile_axes, kSortThreads, kSortBytes, stream, plan);
       auto partial = vectorise ? partial_kernel<Grad, true> : partial_kernel<Grad, false>;
@@ -441,10 +446,6 @@ void launch_backward(const Backward& params, const Tensor& like) {
     }
     dispatch(params.table_dtype, [&](auto table_type) {
       using Table = typename decltype(table_type)::type;
-      const int columns = vectorise ? N * kWarpSize : kWarpSize;
-      const int64_t items = plan.table_rows * ((lookup.hidden + columns - 1) / columns);
-      check(items <= std::numeric_limits<int32_t>::max(), "table of shape [", lookup.num_axes, ", ",
-            lookup.num_rows, ", ", lookup.hidden, "] is too large for the backward on CUDA");
       launch("the backward's last step",
              vectorise ? finish_kernel<Grad, Table, N> : finish_kernel<Grad, Table, 1>,
              std::min<int64_t>(items, kFinishBlocks), kFinishWarps * kWarpSize, kFinishBytes,

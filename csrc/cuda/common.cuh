@@ -77,26 +77,18 @@ class Vector {
   }
 };
 
-// Read again soon, and written by nobody during the kernel.
-template <int N, typename T>
-__device__ __forceinline__ Vector<T, N> load_cached(const T* address) {
-  using Word = typename Vector<T, N>::Word;
-  Vector<T, N> vector;
-#pragma unroll
-  for (int i = 0; i < Vector<T, N>::kWords; ++i) {
-    vector.set_word(i, __ldg(reinterpret_cast<const Word*>(address) + i));
-  }
-  return vector;
-}
+enum class Cache {
+  kKeep,   // read again soon, and written by nobody during the kernel
+  kStream  // read once: first to be evicted
+};
 
-// Read once: first to be evicted from the caches.
-template <int N, typename T>
-__device__ __forceinline__ Vector<T, N> load_streaming(const T* address) {
-  using Word = typename Vector<T, N>::Word;
+template <int N, Cache kCache, typename T>
+__device__ __forceinline__ Vector<T, N> load(const T* address) {
+  const auto* words = reinterpret_cast<const typename Vector<T, N>::Word*>(address);
   Vector<T, N> vector;
 #pragma unroll
   for (int i = 0; i < Vector<T, N>::kWords; ++i) {
-    vector.set_word(i, __ldcs(reinterpret_cast<const Word*>(address) + i));
+    vector.set_word(i, kCache == Cache::kKeep ? __ldg(words + i) : __ldcs(words + i));
   }
   return vector;
 }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forwar
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t column = first + u * kStep;
       if (column < lookup.hidden) {
-        residuals[u] = load_streaming<N>(residual + offsets.rows + column * residual_stride);
+        residuals[u] = load<N, Cache::kStream>(residual + offsets.rows + column * residual_stride);
       }
     }
   };
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forwar
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t column = first + u * kStep;
         if ((has_row >> k & 1) != 0 && column < lookup.hidden) {
-          terms[k][u] = load_cached<N>(rows[k] + column);
+          terms[k][u] = load<N, Cache::kKeep>(rows[k] + column);
         }
       }
     }

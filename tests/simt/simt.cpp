@@ -277,7 +277,6 @@ void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size
 
 unsigned thread_index() { return current_index(); }
 unsigned block_index() { return block; }
-unsigned num_threads() { return threads; }
 unsigned num_blocks() { return blocks; }
 bool in_kernel() { return current != nullptr; }
 

@@ -42,7 +42,6 @@ void launch(unsigned blocks, unsigned threads, void* shared, size_t shared_bytes
 // What the running thread is, and what it does together with others.
 unsigned thread_index();
 unsigned block_index();
-unsigned num_threads();
 unsigned num_blocks();
 void sync_block();
 uint64_t shuffle(uint32_t mask, uint64_t value, unsigned source);

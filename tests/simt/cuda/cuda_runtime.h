@@ -21,7 +21,7 @@ struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct dim3 {
-  unsigned x, y = 1, z = 1;
+  unsigned x;
   dim3(unsigned x = 1) : x(x) {}
 };
 
