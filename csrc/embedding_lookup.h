@@ -19,7 +19,8 @@
 // rounded once.
 //
 // An id >= num_rows must never be used as an address. On the CPU it is an IndexError, on CUDA a
-// device-side assertion.
+// device-side assertion; on MPS the forward makes the token's row NaN and the backward leaves the
+// token out.
 
 #pragma once
 
@@ -94,10 +95,26 @@ struct Backward {
   ScalarType table_dtype;
 };
 
-// Defined once per device folder; an extension contains one device. `like` is a tensor on the
-// launch's device, which tells which one that is and from which workspace can be allocated.
-void launch_forward(const Forward& params, const Tensor& like);
-void launch_backward(const Backward& params, const Tensor& like);
+// The tensors that the pointers were taken from: which device they are on, a source of workspace,
+// and on MPS, where an address means nothing, the only way to the memory.
+struct ForwardTensors {
+  const Tensor& ids;
+  const Tensor& table;
+  const std::optional<Tensor>& padding;
+  const std::optional<Tensor>& residual;
+  const Tensor& out;
+};
+
+struct BackwardTensors {
+  const Tensor& grad;
+  const Tensor& ids;
+  const std::optional<Tensor>& padding;
+  const Tensor& grad_table;
+};
+
+// Defined once per device folder; an extension contains one device.
+void launch_forward(const Forward& params, const ForwardTensors& tensors);
+void launch_backward(const Backward& params, const BackwardTensors& tensors);
 
 // The instruction set in use, as ATEN_CPU_CAPABILITY names it. The CPU's folder only.
 std::string cpu_capability();

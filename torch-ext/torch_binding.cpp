@@ -68,7 +68,9 @@ Tensor embedding_lookup_forward(const Tensor& position_ids, const Tensor& table,
   Tensor out =
       torch::stable::new_empty(table, sizes_with_hidden(position_ids, hidden), params.out_dtype);
   params.out = out.mutable_data_ptr();
-  if (out.numel() > 0) embedding_lookup::launch_forward(params, table);
+  if (out.numel() > 0) {
+    embedding_lookup::launch_forward(params, {position_ids, table, padding, residual, out});
+  }
   return out;
 }
 
@@ -96,7 +98,9 @@ Tensor embedding_lookup_backward(const Tensor& grad, const Tensor& position_ids,
   Tensor grad_table = torch::stable::new_empty(grad, {num_axes, num_rows, hidden}, dtype);
   params.grad_table = grad_table.mutable_data_ptr();
   params.table_dtype = dtype;
-  if (grad_table.numel() > 0) embedding_lookup::launch_backward(params, grad);
+  if (grad_table.numel() > 0) {
+    embedding_lookup::launch_backward(params, {grad, position_ids, padding, grad_table});
+  }
   return grad_table;
 }
 
@@ -120,6 +124,8 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 #elif defined(CUDA_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+#elif defined(METAL_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, MPS, ops) {
 #endif
   ops.impl("forward", TORCH_BOX(&embedding_lookup_forward));
   ops.impl("backward", TORCH_BOX(&embedding_lookup_backward));

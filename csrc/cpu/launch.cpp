@@ -120,7 +120,7 @@ int64_t number_rows(const Lookup& lookup, int32_t* slots, int32_t* slot_of_row) 
 
 std::string cpu_capability() { return kernels().name; }
 
-void launch_forward(const Forward& params, const Tensor& /*like*/) {
+void launch_forward(const Forward& params, const ForwardTensors& /*tensors*/) {
   const Lookup& lookup = params.lookup;
   const int64_t row_bytes = lookup.hidden * element_size(params.out_dtype);
   const int64_t out_bytes = lookup.num_tokens * row_bytes;
@@ -149,7 +149,7 @@ void launch_forward(const Forward& params, const Tensor& /*like*/) {
 //
 // Workspace: the sums, at most kCacheBytes a thread (or kMinWidth columns of them, if that is
 // more), and 4 bytes per id and per row of the table.
-void launch_backward(const Backward& params, const Tensor& like) {
+void launch_backward(const Backward& params, const BackwardTensors& tensors) {
   const Lookup& lookup = params.lookup;
   const int64_t hidden = lookup.hidden;
   const int64_t table_rows = lookup.num_axes * lookup.num_rows;
@@ -159,9 +159,9 @@ void launch_backward(const Backward& params, const Tensor& like) {
   auto* grad_table = static_cast<char*>(params.grad_table);
   advise_huge_pages(grad_table, table_rows * hidden * element);
 
-  Tensor slots_tensor =
-      torch::stable::new_empty(like, {lookup.num_tokens * lookup.num_axes}, ScalarType::Int);
-  Tensor slot_of_row_tensor = torch::stable::new_empty(like, {table_rows}, ScalarType::Int);
+  Tensor slots_tensor = torch::stable::new_empty(
+      tensors.grad, {lookup.num_tokens * lookup.num_axes}, ScalarType::Int);
+  Tensor slot_of_row_tensor = torch::stable::new_empty(tensors.grad, {table_rows}, ScalarType::Int);
   auto* slots = static_cast<int32_t*>(slots_tensor.mutable_data_ptr());
   auto* slot_of_row = static_cast<int32_t*>(slot_of_row_tensor.mutable_data_ptr());
   const int64_t num_slots = number_rows(lookup, slots, slot_of_row);
@@ -177,7 +177,7 @@ void launch_backward(const Backward& params, const Tensor& like) {
   const int64_t blocks_per_pass = std::min(threads, (hidden + width - 1) / width);
   const int64_t block_bytes = num_slots * width * sum_bytes;
   Tensor sums_tensor =
-      torch::stable::new_empty(like, {blocks_per_pass * block_bytes}, ScalarType::Byte);
+      torch::stable::new_empty(tensors.grad, {blocks_per_pass * block_bytes}, ScalarType::Byte);
   auto* sums = static_cast<char*>(sums_tensor.mutable_data_ptr());
   advise_huge_pages(sums, blocks_per_pass * block_bytes);
 

@@ -396,9 +396,9 @@ class Workspace {
 
 }  // namespace
 
-void launch_backward(const Backward& params, const Tensor& like) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const cudaStream_t stream = current_stream(like);
+void launch_backward(const Backward& params, const BackwardTensors& tensors) {
+  const torch::stable::accelerator::DeviceGuard guard(tensors.grad.get_device_index());
+  const cudaStream_t stream = current_stream(tensors.grad);
   const Lookup& lookup = params.lookup;
   Plan plan{};
   plan.params = params;
@@ -431,7 +431,7 @@ void launch_backward(const Backward& params, const Tensor& like) {
     workspace.add(plan.order, tile_axes * kTile);
     workspace.add(plan.runs, tile_axes * kTileRuns);
     workspace.add(plan.partials, tile_axes * kTileRuns * plan.pitch);
-    Tensor memory = torch::stable::new_empty(like, {workspace.size()}, ScalarType::Byte);
+    Tensor memory = torch::stable::new_empty(tensors.grad, {workspace.size()}, ScalarType::Byte);
     workspace.place(memory.mutable_data_ptr());
 
     check_cuda(cudaMemsetAsync(plan.segments, 0, zeroed_bytes, stream), "clearing the workspace");

@@ -215,10 +215,10 @@ inline void check_num_tokens(const Lookup& lookup) {
 }
 
 // The stream on which PyTorch's own kernels for the current device run.
-inline cudaStream_t current_stream(const Tensor& like) {
+inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forwar
 
 }  // namespace
 
-void launch_forward(const Forward& params, const Tensor& like) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+void launch_forward(const Forward& params, const ForwardTensors& tensors) {
+  const torch::stable::accelerator::DeviceGuard guard(tensors.table.get_device_index());
   const Lookup& lookup = params.lookup;
   check_num_tokens(lookup);
   const bool has_residual = params.residual != nullptr;
@@ -123,7 +123,7 @@ void launch_forward(const Forward& params, const Tensor& like) {
                                       : forward_kernel<Table, Residual, N, 0>;
       }
       launch("the forward", kernel, (lookup.num_tokens + kWarps - 1) / kWarps, kWarps * kWarpSize,
-             0, current_stream(like), params);
+             0, current_stream(tensors.table), params);
     });
   });
 }
