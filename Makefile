@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 TOOLKIT := .build/cuda-toolkit
-CXX_SOURCES := $(wildcard $(addprefix csrc/, *.h */*.h */*.cpp */*.cu */*.cuh) torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*/*.h tests/simt/*/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
 
 demo: build
 	$(RUN) examples/gemma4_vision.py $(ARGS)

@@ -25,7 +25,7 @@ from loopback_hub import LoopbackHub
 torch.manual_seed(0)
 
 
-SIMT_BUILD = ROOT / ".build" / "simt"
+SIMT_BUILDS = ROOT / ".build" / "simt"
 
 
 class Variant(NamedTuple):
@@ -33,34 +33,38 @@ class Variant(NamedTuple):
 
     name: str
     device: torch.device  # of the tensors it takes
-    is_cuda: bool  # whether it is made of the CUDA sources
+    sources: str  # the folder of csrc/ that it is made of
     floats: tuple  # the dtypes it takes
 
     def load(self):
         """The kernel's module."""
-        if self.name == "simt":
-            return kernels.get_local_kernel(SIMT_BUILD, backend="cpu")
+        if self.name.endswith("-simt"):
+            return kernels.get_local_kernel(SIMT_BUILDS / self.sources, backend="cpu")
         return kernels.get_kernel(REPO_ID, version=1, backend=self.name)
 
     def sum_eps(self, table_dtype):
         """The precision in which a gradient of a table of `table_dtype` is summed."""
-        if self.is_cuda or table_dtype.itemsize == 2:
-            return 2.0**-23
-        return 2.0**-52
+        if self.sources == "cpu" and table_dtype.itemsize > 2:
+            return 2.0**-52
+        return 2.0**-23
 
 
 VARIANTS = {
-    "cpu": Variant("cpu", torch.device("cpu"), False, reference.FLOATS),
-    # The CUDA sources, run by tests/simt.
-    "simt": Variant("simt", torch.device("cpu"), True, reference.FLOATS[:3]),
-    "cuda": Variant("cuda", torch.device("cuda"), True, reference.FLOATS[:3]),
+    "cpu": Variant("cpu", torch.device("cpu"), "cpu", reference.FLOATS),
+    # The GPUs' sources, run by tests/simt.
+    "cuda-simt": Variant("cuda-simt", torch.device("cpu"), "cuda", reference.FLOATS[:3]),
+    "metal-simt": Variant("metal-simt", torch.device("cpu"), "metal", reference.FLOATS[:3]),
+    "cuda": Variant("cuda", torch.device("cuda"), "cuda", reference.FLOATS[:3]),
 }
 
 
 def why_not(name):
     """Why a variant can't be tested here, or None if it can."""
-    if name == "simt":
-        return None if SIMT_BUILD.exists() else "not built (tools/build.py --simt)"
+    if name.endswith("-simt"):
+        sources = VARIANTS[name].sources
+        if (SIMT_BUILDS / sources).exists():
+            return None
+        return f"not built (tools/build.py --simt {sources} --output .build/simt)"
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     local = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])

@@ -51,7 +51,7 @@ BAD = {
 
 def expected(message, variant):
     """The message as this variant has it. The table above has the CPU's."""
-    if variant.is_cuda:
+    if variant.sources != "cpu":
         message = message.replace("float16, bfloat16 or float64", "float16 or bfloat16")
     return re.escape(message.replace("and cpu", f"and {torch.zeros(0).device}"))
 
@@ -105,7 +105,7 @@ def test_id_too_large_in_the_backward(kernel):
         kernel.op.ops.backward(torch.ones(1, 8), ids, None, None, 4, torch.float32)
 
 
-@pytest.mark.variant("simt")
+@pytest.mark.variant("cuda-simt")
 @pytest.mark.parametrize("bad", TOO_LARGE)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_id_too_large_is_an_assertion(kernel, direction, bad):
@@ -150,19 +150,47 @@ def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
     assert "device-side assert triggered" in result.stderr
 
 
-@pytest.mark.variant("simt", "cuda")
-def test_too_many_tokens(kernel):
+@pytest.mark.parametrize("bad", TOO_LARGE)
+@pytest.mark.variant("metal-simt")
+def test_id_too_large_is_nan(kernel, poison, bad):
+    """The token's row, and no other's; not if it is padding. No row gets the gradient."""
+    arguments = good()
+    ids = arguments.pop("position_ids").to(torch.int32 if bad < 2**31 else torch.int64)
+    fine = kernel.fused_embedding_lookup(ids, **arguments)
+    ids[0, 3, 1] = bad
+    ids[1, 2, 1] = bad
+    arguments["padding"][1, 2] = True
+    for hidden in (8, 7):  # vectors, and none
+        for name in ("table", "residual"):
+            arguments[name] = arguments[name][..., :hidden].requires_grad_()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            spoilt = {**arguments, "table": arguments["table"].to(dtype), "residual": None}
+            out = kernel.fused_embedding_lookup(ids, **spoilt)
+            assert out[0, 3].isnan().all()
+            assert out.isnan().sum() == hidden
+        out = kernel.fused_embedding_lookup(ids, **arguments)
+        assert out[0, 3].isnan().all()
+        assert torch.equal(out[1, 2], arguments["residual"][1, 2])
+        assert torch.equal(out[0, :3], fine[0, :3, :hidden])
+        (grad,) = torch.autograd.grad(out, arguments["table"], torch.ones_like(out))
+        assert grad[0, 0].tolist() == grad[2, 0].tolist() == [9.0] * hidden
+        assert grad[1, 0].tolist() == [8.0] * hidden
+
+
+@pytest.mark.variant("cuda-simt", "metal-simt", "cuda")
+def test_too_many_tokens(variant, kernel):
     """More than 32 bits count. Expanded tensors, and a result of which no page is touched."""
     ids = torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1)
     table = torch.zeros(1, 1, 1, dtype=torch.float16)
-    message = "position_ids must have at most 2147483647 tokens on CUDA, got 2147483648"
+    device = {"cuda": "CUDA", "metal": "MPS"}[variant.sources]
+    message = f"position_ids must have at most 2147483647 tokens on {device}, got 2147483648"
     with pytest.raises(ValueError, match=message):
         kernel.fused_embedding_lookup(ids, table)
     with pytest.raises(ValueError, match=message):
         kernel.op.ops.backward(table[0].expand(2**31, 1), ids, None, None, 1, torch.float16)
 
 
-@pytest.mark.variant("simt", "cuda")
+@pytest.mark.variant("cuda-simt", "cuda")
 def test_too_large_a_table_for_the_backward(kernel):
     grad, ids = torch.zeros(1, 1, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int64)
     message = re.escape("table of shape [1, 2147483648, 1] is too large for the backward on CUDA")

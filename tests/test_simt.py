@@ -37,7 +37,7 @@ def run(folder, seed, dtype=torch.float32, hidden=72):
     return out.detach(), table.grad
 
 
-@pytest.mark.variant("simt")
+@pytest.mark.variant("cuda-simt", "metal-simt")
 @pytest.mark.parametrize("dtype", reference.FLOATS[:3], ids=str)
 @pytest.mark.parametrize("hidden", [72, 75])
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(variant_dir, dtype, hidden):

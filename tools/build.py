@@ -3,12 +3,13 @@
     python tools/build.py                      # build/<variant>/ for each backend this machine can run
     python tools/build.py --backend cuda       # the CUDA variant, for all architectures, on any machine
     python tools/build.py --sanitize           # the CPU variant with AddressSanitizer and UBSan
-    python tools/build.py --simt               # the CUDA sources for tests/simt, which runs them on a CPU
+    python tools/build.py --simt               # the GPUs' sources for tests/simt, which runs them on a CPU
     python tools/build.py --output elsewhere   # instead of build/
 
 What is built, from which sources and with which flags is read from build.toml. The compilation
 itself is ninja's: incremental, parallel, with progress. The compiler is $CXX, or c++, with
-$CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME, of `make cuda` or on the PATH.
+$CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME, of `make cuda` or on the PATH. The Metal
+variant itself is built on a Mac, by kernel-builder.
 """
 
 import argparse
@@ -88,7 +89,12 @@ def main():
         action="store_true",
         help="build the CPU variant with -fsanitize=address,undefined",
     )
-    parser.add_argument("--simt", action="store_true", help="build for tests/simt")
+    parser.add_argument(
+        "--simt",
+        nargs="*",
+        choices=["cuda", "metal"],
+        help="build these variants' sources for tests/simt (default: those that can be)",
+    )
     args = parser.parse_args()
 
     try:
@@ -97,8 +103,14 @@ def main():
         sys.exit(f"error: build.toml: {error}")
     config = tomllib.loads((ROOT / "build.toml").read_text())
     archs = args.archs or CUDA_ARCHS
-    if args.simt:
-        variants = [Simt(config)]
+    if args.simt is not None:
+        names = args.simt or ["cuda"]
+        if not args.simt:
+            if why_no_clang():
+                print(f"metal: not built for tests/simt, {why_no_clang()}")
+            else:
+                names.append("metal")
+        variants = [SimtCuda(config) if name == "cuda" else SimtMetal(config) for name in names]
     elif args.sanitize:
         variants = [Sanitized(config)]
     elif args.backend:
@@ -122,6 +134,7 @@ class Variant:
     backend: str  # whose sources
     runs_on: str  # whose tensors it takes
     build_folder_suffix = ""
+    subfolder = ""  # of the output
     registration = REGISTRATION_H
     cxx_flags = ()
     link_flags = ()
@@ -129,7 +142,8 @@ class Variant:
 
     def __init__(self, config: dict):
         self.config = config
-        self.abi = config["torch"]["stable-abi"][self.backend]
+        # Of torch's that the sources are held to, or None if they use this torch's own.
+        self.abi = config["torch"]["stable-abi"].get(self.backend)
         self.python_name = KernelName(config["general"]["name"]).python_name
         self.kernel_id = f"_{self.python_name}_{self.backend}_{source_revision()}"
         self.compiler = os.environ.get("CXX", "c++")
@@ -142,7 +156,7 @@ class Variant:
     @property
     def name(self) -> str:
         """The variant's, as kernel-builder has it: the folder that `kernels` looks for."""
-        abi = self.abi.replace(".", "")
+        abi = self.config["torch"]["stable-abi"][self.runs_on].replace(".", "")
         return f"torch-stable-abi{abi}-{self.platform_tag}-{platform.machine()}-{sys.platform}"
 
     @property
@@ -156,6 +170,7 @@ class Variant:
     def build(self, output: Path):
         """Compile, link and lay out."""
         objects = ROOT / ".build" / (self.name + self.build_folder_suffix)
+        destination = output / self.subfolder / self.name
         objects.mkdir(parents=True, exist_ok=True)
         write_if_changed(objects / "registration.h", self.registration)
         write_if_changed(objects / "build.ninja", self.ninja_file(objects))
@@ -163,8 +178,8 @@ class Variant:
         status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
         if status != 0:
             sys.exit(status)
-        self.lay_out(objects / "extension.so", output / self.name)
-        print(f"{self.name}: {output / self.name}")
+        self.lay_out(objects / "extension.so", destination)
+        print(f"{self.name}: {destination}")
 
     def ninja_file(self, objects: Path) -> str:
         """The build.ninja."""
@@ -175,14 +190,13 @@ class Variant:
                 "Install them (Debian: apt-get install python3-dev)."
             )
         torch_dir = Path(torch.__file__).parent
-        major, minor = (int(part) for part in self.abi.split("."))
         # What a C++ compiler and nvcc both take.
         common = [
             "-std=c++17",
             "-O3",
             "-DNDEBUG",
             f"-D{self.backend.upper()}_KERNEL",
-            f"-DTORCH_TARGET_VERSION=0x{major << 56 | minor << 48:016x}",
+            *self.target_version(),
             "-DPy_LIMITED_API=0x03090000",
             f"-I{ROOT / 'csrc'}",
             f"-I{objects}",
@@ -224,11 +238,17 @@ class Variant:
             if rule is not None:
                 compiled.append(source + ".o")
                 lines += [
-                    f"build {compiled[-1]}: {rule} {ROOT / source}",
+                    f"build {compiled[-1]}: {rule} {ROOT / source} | {' '.join(self.needs(source))}",
                     f"  extra_flags = {flags}",
                 ]
         lines += [f"build extension.so: link {' '.join(compiled)}", ""]
         return "\n".join(lines)
+
+    def target_version(self):
+        if self.abi is None:
+            return []
+        major, minor = (int(part) for part in self.abi.split("."))
+        return [f"-DTORCH_TARGET_VERSION=0x{major << 56 | minor << 48:016x}"]
 
     def sources(self):
         """Each source, headers included, and the flags that only it gets."""
@@ -248,6 +268,10 @@ class Variant:
     def rule(self, source: str):
         """The rule that compiles a source; None for a header."""
         return "cxx" if source.endswith(CXX_SUFFIXES) else None
+
+    def needs(self, source: str):
+        """What a source is made anew for, besides what its compiler says."""
+        return []
 
     def device_rule(self, common: list):
         return []
@@ -348,31 +372,43 @@ class Cuda(Variant):
 
 
 class Simt(Variant):
-    """The CUDA sources, unchanged, for CPU tensors: on tests/simt in place of a GPU."""
+    """A GPU's sources, unchanged, for CPU tensors: on tests/simt in place of the GPU."""
 
-    backend = "cuda"
     runs_on = "cpu"
-    build_folder_suffix = "-simt"
     registration = REGISTRATION_H.replace(
         "STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)",
         "STABLE_TORCH_LIBRARY_IMPL(NAME, CPU, MODULE)",
     )
-    extra_sources = (f"{SIMT}/simt.cpp", f"{SIMT}/cuda/runtime.cpp")
-    cxx_flags = (f"-I{ROOT / SIMT / 'cuda'}", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
-    # The linker sends these calls to runtime.cpp.
-    link_flags = tuple(
-        f"-Wl,--wrap={function}"
-        for function in (
-            "torch_get_const_data_ptr",
-            "torch_get_mutable_data_ptr",
-            "aoti_torch_delete_tensor_object",
-            "__assert_fail",
-        )
+    extra_sources = (f"{SIMT}/simt.cpp", f"{SIMT}/tensors.cpp")
+    # The linker sends these calls to the engine.
+    wrapped = (
+        "torch_get_const_data_ptr",
+        "torch_get_mutable_data_ptr",
+        "aoti_torch_delete_tensor_object",
     )
 
     def __init__(self, config: dict):
         super().__init__(config)
         self.kernel_id += "_simt"
+
+    @property
+    def build_folder_suffix(self) -> str:
+        return f"-simt-{self.backend}"
+
+    @property
+    def subfolder(self) -> str:
+        return self.backend
+
+    @property
+    def link_flags(self):
+        return [f"-Wl,--wrap={function}" for function in self.wrapped]
+
+
+class SimtCuda(Simt):
+    backend = "cuda"
+    extra_sources = (*Simt.extra_sources, f"{SIMT}/cuda/runtime.cpp")
+    wrapped = (*Simt.wrapped, "__assert_fail")
+    cxx_flags = (f"-I{ROOT / SIMT / 'cuda'}", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 
     def rule(self, source: str):
         return "simt" if source.endswith(".cu") else super().rule(source)
@@ -387,6 +423,86 @@ class Simt(Variant):
             "  deps = gcc",
             "  description = compile $in for tests/simt",
         ]
+
+
+class SimtMetal(Simt):
+    backend = "metal"
+    extra_sources = (*Simt.extra_sources, f"{SIMT}/metal/emulator.mm")
+
+    def __init__(self, config: dict):
+        super().__init__(config)
+        problem = why_no_clang()
+        if problem:
+            sys.exit(f"error: {problem}")
+
+    @property
+    def link_flags(self):
+        return [*super().link_flags, f"-L{objc_folder()}", "-lobjc"]
+
+    def rule(self, source: str):
+        return {".mm": "objcxx", ".metal": "metal"}.get(Path(source).suffix) or super().rule(source)
+
+    def device_rule(self, common: list):
+        stand_ins = ROOT / SIMT / "metal"
+        flags = [
+            *common,
+            f"-I{stand_ins}",
+            "-fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-function",
+            os.environ.get("CXXFLAGS", ""),
+        ]
+        objcxx = [
+            "-x objective-c++ -fblocks -fobjc-runtime=gcc",
+            f"-isystem {objc_folder() / 'include'}",
+            '-DEMBEDDED_METALLIB_HEADER=\\"metallib.h\\"',
+            "-DEMBEDDED_METALLIB_NAMESPACE=simt_metal",
+        ]
+        # Fast math, as Metal's compiler has it unless the source says otherwise. Wider vectors than
+        # the source's would be accesses that the engine isn't told of.
+        shader = "-ffast-math -fno-vectorize -fno-slp-vectorize -fsanitize=thread"
+        reflect_flags = f"{CLANG} -MD -MF $out.d -MT $out -D__METAL_VERSION__=400 -I{stand_ins}"
+        steps = [
+            f"{sys.executable} {stand_ins / 'reflect.py'} {reflect_flags} -- $in $out.cpp",
+            f"{CLANG} $clang_flags -DMETAL_ADDRESS_SPACES -fsyntax-only $out.cpp",
+            f"{CLANG} $clang_flags {shader} -c $out.cpp -o $out",
+        ]
+        return [
+            f"clang_flags = {' '.join(flags)}",
+            "rule objcxx",
+            f"  command = {CLANG} -MD -MF $out.d $clang_flags {' '.join(objcxx)} $extra_flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in for tests/simt",
+            "rule metal",
+            f"  command = {' && '.join(steps)}",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in for tests/simt",
+        ]
+
+    def needs(self, source: str):
+        if source.endswith(".metal"):
+            return [
+                f"{ROOT / SIMT}/{name}" for name in ("metal/reflect.py", "metal/shader.h", "simt.h")
+            ]
+        return super().needs(source)
+
+
+CLANG = "clang++-19"
+
+
+def objc_folder() -> Path:
+    """Where GCC keeps the Objective-C runtime and its headers, which clang doesn't bring."""
+    folders = sorted(Path("/usr/lib/gcc").glob(f"{platform.machine()}-*/*/include/objc/objc.h"))
+    return folders[-1].parents[2] if folders else Path()
+
+
+def why_no_clang():
+    """What the Metal sources need to be compiled here and is missing, or None."""
+    if shutil.which(CLANG) is None:
+        return f"{CLANG} is not on the PATH (Debian: apt-get install clang-19)"
+    if objc_folder() == Path():
+        return "there is no Objective-C runtime (Debian: apt-get install gobjc++-12)"
+    return None
 
 
 NO_NVCC = "there is no nvcc in $CUDA_HOME or on the PATH (`make cuda` brings one from PyPI)"

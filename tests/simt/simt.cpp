@@ -276,6 +276,7 @@ void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size
 }
 
 unsigned thread_index() { return current_index(); }
+unsigned num_threads() { return threads; }
 unsigned block_index() { return block; }
 unsigned num_blocks() { return blocks; }
 bool in_kernel() { return current != nullptr; }
@@ -401,6 +402,17 @@ void __tsan_read_range(void* address, size_t bytes) {
 }
 void __tsan_write_range(void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) __tsan_write1(static_cast<char*>(address) + i);
+}
+
+// clang's.
+void* __tsan_memset(void* target, int value, size_t bytes) {
+  __tsan_write_range(target, bytes);
+  return std::memset(target, value, bytes);
+}
+void* __tsan_memcpy(void* target, const void* source, size_t bytes) {
+  __tsan_read_range(const_cast<void*>(source), bytes);
+  __tsan_write_range(target, bytes);
+  return std::memcpy(target, source, bytes);
 }
 
 }  // extern "C"

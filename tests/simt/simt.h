@@ -41,6 +41,7 @@ void launch(unsigned blocks, unsigned threads, void* shared, size_t shared_bytes
 
 // What the running thread is, and what it does together with others.
 unsigned thread_index();
+unsigned num_threads();
 unsigned block_index();
 unsigned num_blocks();
 void sync_block();

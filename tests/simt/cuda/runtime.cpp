@@ -24,47 +24,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
   return cudaSuccess;
 }
 
-namespace {
-
-// Lets kernels touch the bytes that a tensor's elements lie in, gaps included.
-void add_tensor(AtenTensorHandle tensor, const void* data, bool writable) {
-  int32_t dtype;
-  int64_t dim, numel, *sizes, *strides;
-  aoti_torch_get_dtype(tensor, &dtype);
-  aoti_torch_get_dim(tensor, &dim);
-  aoti_torch_get_numel(tensor, &numel);
-  aoti_torch_get_sizes(tensor, &sizes);
-  aoti_torch_get_strides(tensor, &strides);
-  if (numel == 0) return;
-  int64_t last = 0;
-  for (int64_t i = 0; i < dim; ++i) last += (sizes[i] - 1) * strides[i];
-  simt::add_memory(tensor, data, (last + 1) * aoti_torch_dtype_element_size(dtype), writable);
-}
-
-}  // namespace
-
-// The linker sends the extension's calls here (-Wl,--wrap).
 extern "C" {
-
-AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
-AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data) {
-  const AOTITorchError error = __real_torch_get_const_data_ptr(tensor, data);
-  if (error == AOTI_TORCH_SUCCESS) add_tensor(tensor, *data, false);
-  return error;
-}
-
-AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
-AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) {
-  const AOTITorchError error = __real_torch_get_mutable_data_ptr(tensor, data);
-  if (error == AOTI_TORCH_SUCCESS) add_tensor(tensor, *data, true);
-  return error;
-}
-
-AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
-AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  simt::drop_memory(tensor);
-  return __real_aoti_torch_delete_tensor_object(tensor);
-}
 
 void __real___assert_fail(const char*, const char*, unsigned, const char*);
 void __wrap___assert_fail(const char* expression, const char* file, unsigned line,

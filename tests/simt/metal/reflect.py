@@ -1,0 +1,106 @@
+"""Make of a Metal source what clang compiles and the engine runs.
+
+    python reflect.py CLANG FLAGS... -- SOURCE.metal OUTPUT.cpp
+
+C++ has no attributes like `[[buffer(0)]]`: a Metal compiler keeps them beside the code, as what binds
+a shader's parameters. So they are taken out here, after the preprocessor, and made into a table of
+the shaders under their host names, each with a call that asks for every argument where its
+attribute says. The rest of the source is passed on as it is.
+"""
+
+import re
+import subprocess
+import sys
+
+BUILTINS = {
+    "threadgroup_position_in_grid": "simt::block_index()",
+    "threadgroups_per_grid": "simt::num_blocks()",
+    "thread_position_in_threadgroup": "simt::thread_index()",
+    "threads_per_threadgroup": "simt::num_threads()",
+    "simdgroup_index_in_threadgroup": "simt::thread_index() / simt::kWarpSize",
+    "simdgroups_per_threadgroup": "simt::num_threads() / simt::kWarpSize",
+    "thread_index_in_simdgroup": "simt::thread_index() % simt::kWarpSize",
+}
+
+KERNEL = re.compile(
+    r"(template\s*<[^>]*>\s*)?\[\[kernel\]\]\s*void\s+(\w+)\s*\((.*?)\)\s*\{", re.DOTALL
+)
+PARAMETER = re.compile(r"(.+?)(\w+)\s*\[\[\s*(\w+)\s*(?:\((.*)\))?\s*\]\]", re.DOTALL)
+INSTANTIATION = re.compile(
+    r"template\s*\[\[host_name\(([^)]*)\)\]\]\s*\[\[kernel\]\]\s*decltype\((\w+<[^>]*>)\)\s*(\w+<[^>]*>);"
+)
+
+
+def main():
+    *compile_command, _, source, output = sys.argv[1:]
+    preprocess = [*compile_command, "-DMETAL_REFLECTING", "-E", "-x", "c++", source]
+    text = subprocess.run(preprocess, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    # As far as the compiler's pragmas go. Metal's default is fast math.
+    text = text.replace("#pragma METAL fp math_mode(safe)", "#pragma float_control(precise, on)")
+    text = text.replace("#pragma METAL fp contract(off)", "#pragma clang fp contract(off)")
+
+    kernels = {name: parse(name, parameters) for _, name, parameters in KERNEL.findall(text)}
+    functions = {
+        name: name for template, name, _ in KERNEL.findall(text) if not template
+    }  # host name to what to call
+    for literals, function, instantiated in INSTANTIATION.findall(text):
+        if function != instantiated:
+            sys.exit(f"error: {literals}: instantiates {instantiated} as a {function}")
+        functions["".join(re.findall(r'"(.*?)"', literals))] = function
+    if text.count("[[host_name") != len(functions) - sum("<" not in f for f in functions.values()):
+        sys.exit(
+            "error: two functions with one host name, or an instantiation that isn't understood"
+        )
+    namespace = re.search(r"^namespace (\w+)", text, re.MULTILINE)[1]
+
+    lines = ["#include <metal_stdlib>", re.sub(r"\[\[.*?\]\]", "", text, flags=re.DOTALL)]
+    lines += [f"#undef {word}" for word in ("device", "constant", "thread", "threadgroup")]
+    lines += [
+        "#ifndef METAL_ADDRESS_SPACES",
+        "namespace simt_metal {",
+        f"using namespace {namespace};",
+    ]
+    entries = []
+    for i, (name, function) in enumerate(functions.items()):
+        arguments, buffers, takes_memory = kernels[function.partition("<")[0]]
+        lines.append(
+            f"SIMT_HOST static void run{i}(const void*) {{ {namespace}::{function}({arguments}); }}"
+        )
+        mask = " | ".join(f"uint64_t{{1}} << {index}" for index in buffers)
+        entries.append(f'  {{"{name}", run{i}, {mask}, {str(takes_memory).lower()}}},')
+    lines += ["extern const Shader shaders[] = {", *entries, "};"]
+    lines += [f"extern const size_t num_shaders = {len(entries)};", "}", "#endif", ""]
+    with open(output, "w") as file:
+        file.write("\n".join(lines))
+
+
+def parse(kernel, text):
+    """A kernel's parameters: the arguments of a call, its buffers' indices, if it takes memory."""
+    arguments, buffers, takes_memory = [], [], False
+    for parameter in re.split(r",(?![^<]*>)", text):
+        match = PARAMETER.fullmatch(parameter.strip())
+        if match is None:
+            sys.exit(f"error: {kernel}: the parameter `{parameter.strip()}` has no attribute")
+        kind, name, attribute, index = match.groups()
+        if attribute in BUILTINS:
+            arguments.append(BUILTINS[attribute])
+            continue
+        if not re.search(r"\b(device|constant|threadgroup)\b", kind):
+            sys.exit(f"error: {kernel}: `{name}` has no address space")
+        if attribute == "buffer":
+            buffers.append(index)
+            form = "reference" if "&" in kind else "pointer"
+            arguments.append(f"buffer_{form}({index})")
+        elif attribute == "threadgroup":
+            takes_memory = True
+            arguments.append(f"threadgroup_pointer({index})")
+        else:
+            sys.exit(f"error: {kernel}: the engine doesn't know the attribute {attribute}")
+    if len(set(buffers)) != len(buffers):
+        sys.exit(f"error: {kernel}: two parameters with one buffer index")
+    return ", ".join(arguments), buffers, takes_memory
+
+
+if __name__ == "__main__":
+    main()
