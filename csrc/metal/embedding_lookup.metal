@@ -1,24 +1,23 @@
-// Forward:   out[t, h] = residual[t, h] + (padding[t] ? 0 : sum over k of table[k, max(ids[t, k],
-// 0), h]) Backward:  grad_table[k, r, h] = sum of grad[t, h] over the unpadded tokens t whose
-// max(ids[t, k], 0) is r
+// out[t, h] = residual[t, h] + (padding[t] ? 0 : sum over k of table[k, max(ids[t, k], 0), h])
+// grad_table[k, r, h] = sum of grad[t, h] over the unpadded tokens t whose max(ids[t, k], 0) is r
 //
 // See embedding_lookup.h for the roundings. An id >= num_rows is never an address: the forward
-// makes the token's row NaN, the backward leaves the token out.
+// makes the token's row NaN unless it is padding, the backward leaves the token out.
 //
-// Forward: a simdgroup per token; a lane takes every 32nd vector of N columns, kUnroll of them in
-// flight. The residual is read and the output written once; the rows of the table in use (about 100
-// for an image) stay in the caches.
+// lookup_forward: a simdgroup per token; a lane takes every 32nd vector of N columns, kUnroll of
+// them in flight. The residual is read and the output written once; the rows of the table in use
+// (about 100 for an image) stay in the caches.
 //
-// Backward, two launches without atomics:
-//   sort_tiles   A threadgroup per axis and tile of kTile tokens sorts the tokens by row, and notes
-//                where each row's segment begins.
-//   sum_rows     A threadgroup per row of the table. Its simdgroups deal out the tokens of the
-//   row's
-//                segments among them, add up the gradients, and the first adds up their sums. A row
-//                without segments is zero.
-// What is added in which order depends on the ids alone. Memory traffic: a token's gradient is read
-// once per axis, K * H * sizeof(Grad) bytes in rows of H, besides 4 bytes per axis for its place in
-// the order; the table's gradient is written once.
+// lookup_backward_sort: a threadgroup per axis and tile of kTile tokens sorts the tokens by row,
+// and notes where each row's segment begins.
+//
+// lookup_backward_sum: a threadgroup per row of the table. Its simdgroups deal out the tokens of
+// the row's segments among them and add up the gradients; the first adds up their sums. A row
+// without segments is zero.
+//
+// So the backward is two launches without atomics, and what is added in which order depends on the
+// ids alone. A token's gradient is read once per axis, K * H * sizeof(Grad) bytes in whole rows,
+// with 4 bytes per axis for its place in the order; the table's gradient is written once.
 
 #include <metal_stdlib>
 
@@ -29,14 +28,13 @@
 #pragma METAL fp contract(off)
 
 using namespace metal;
-
-namespace embedding_lookup_metal {
+using namespace embedding_lookup_metal;
 
 // ---------------------------------------------------------------------------------------------
 // Vectors of N elements, N = 1 or kVectorWidth, as floats.
 
 template <int N, typename T>
-void load(device const T* address, thread float (&values)[N]) {
+void load_vector(device const T* address, thread float (&values)[N]) {
   if constexpr (N == 1) {
     values[0] = static_cast<float>(*address);
   } else {
@@ -47,7 +45,7 @@ void load(device const T* address, thread float (&values)[N]) {
 
 // Rounds.
 template <int N, typename T>
-void store(device T* address, thread const float (&values)[N]) {
+void store_vector(device T* address, thread const float (&values)[N]) {
   if constexpr (N == 1) {
     *address = static_cast<T>(values[0]);
   } else {
@@ -59,7 +57,7 @@ void store(device T* address, thread const float (&values)[N]) {
 
 // As integers: compilers set to fast math may take it that there are no NaNs.
 template <int N, typename T>
-void store_nan(device T* address) {
+void store_nans(device T* address) {
   using Bits = conditional_t<sizeof(T) == 4, uint, ushort>;
   constexpr Bits kNan = static_cast<Bits>(~Bits(0)) >> 1;
   for (int i = 0; i < N; ++i) reinterpret_cast<device Bits*>(address)[i] = kNan;
@@ -117,17 +115,17 @@ template <typename Table, typename Residual>
 using Promoted = conditional_t<is_same_v<Table, Residual>, Table, float>;
 
 template <typename Table, typename Residual, int N>
-[[kernel]] void forward(constant Lookup& lookup [[buffer(kLookup)]],
-                        device const void* ids [[buffer(kIds)]],
-                        device const bool* padding [[buffer(kPadding)]],
-                        constant Forward& params [[buffer(kForward)]],
-                        device const Table* table [[buffer(kTable)]],
-                        device const Residual* residual [[buffer(kResidual)]],
-                        device Promoted<Table, Residual>* out [[buffer(kOut)]],
-                        uint threadgroup_index [[threadgroup_position_in_grid]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]],
-                        uint simdgroups [[simdgroups_per_threadgroup]],
-                        uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void lookup_forward(constant Lookup& lookup [[buffer(kLookup)]],
+                               device const void* ids [[buffer(kIds)]],
+                               device const bool* padding [[buffer(kPadding)]],
+                               constant Forward& params [[buffer(kForward)]],
+                               device const Table* table [[buffer(kTable)]],
+                               device const Residual* residual [[buffer(kResidual)]],
+                               device Promoted<Table, Residual>* out [[buffer(kOut)]],
+                               uint threadgroup_index [[threadgroup_position_in_grid]],
+                               uint simdgroup [[simdgroup_index_in_threadgroup]],
+                               uint simdgroups [[simdgroups_per_threadgroup]],
+                               uint lane [[thread_index_in_simdgroup]]) {
   constexpr int kUnroll = 3;
   constexpr uint kStep = kSimdWidth * N;
 
@@ -151,7 +149,7 @@ template <typename Table, typename Residual, int N>
   out += int64_t(token) * lookup.hidden;
   if (bad) {
     for (uint column = lane * N; column < lookup.hidden; column += kStep) {
-      store_nan<N>(out + column);
+      store_nans<N>(out + column);
     }
     return;
   }
@@ -163,7 +161,7 @@ template <typename Table, typename Residual, int N>
     for (int u = 0; u < kUnroll; ++u) {
       const uint column = first + u * kStep;
       if (params.has_residual != 0 && column < lookup.hidden) {
-        load<N>(residual + offsets.rows + column * residual_stride, residuals[u]);
+        load_vector<N>(residual + offsets.rows + column * residual_stride, residuals[u]);
       }
     }
     for (uint axis = 0; axis < kMaxAxes; ++axis) {
@@ -171,7 +169,8 @@ template <typename Table, typename Residual, int N>
       for (int u = 0; u < kUnroll; ++u) {
         const uint column = first + u * kStep;
         float terms[N] = {};
-        if (rows[axis] != nullptr && column < lookup.hidden) load<N>(rows[axis] + column, terms);
+        if (rows[axis] != nullptr && column < lookup.hidden)
+          load_vector<N>(rows[axis] + column, terms);
         // The first isn't added to 0, which would turn a sum of -0 into +0.
         for (int i = 0; i < N; ++i) sums[u][i] = axis == 0 ? terms[i] : sums[u][i] + terms[i];
       }
@@ -184,7 +183,7 @@ template <typename Table, typename Residual, int N>
         results[i] = static_cast<float>(static_cast<Table>(sums[u][i]));
         if (params.has_residual != 0) results[i] += residuals[u][i];
       }
-      store<N>(out + column, results);
+      store_vector<N>(out + column, results);
     }
   }
 }
@@ -195,7 +194,7 @@ template <typename Table, typename Residual, int N>
 // segments[table_row, tile] is 1 + where the row's segment begins in the tile's order, or 0;
 // order[tile, axis, i] is the token there, counted in the tile, and in a segment's first also the
 // segment's length << 16.
-[[kernel]] void sort_tiles(
+[[kernel]] void lookup_backward_sort(
     constant Lookup& lookup [[buffer(kLookup)]], device const void* ids [[buffer(kIds)]],
     device const bool* padding [[buffer(kPadding)]], device ushort* segments [[buffer(kSegments)]],
     device uint* order [[buffer(kOrder)]], threadgroup uint64_t* keys [[threadgroup(0)]],
@@ -263,16 +262,16 @@ template <typename Table, typename Residual, int N>
 }
 
 template <typename Grad, typename Table, int N>
-[[kernel]] void sum_rows(constant Lookup& lookup [[buffer(kLookup)]],
-                         device const ushort* segments [[buffer(kSegments)]],
-                         device const uint* order [[buffer(kOrder)]],
-                         constant Backward& params [[buffer(kBackward)]],
-                         device const Grad* grad [[buffer(kGrad)]],
-                         device Table* grad_table [[buffer(kGradTable)]],
-                         threadgroup float* simdgroup_sums [[threadgroup(0)]],
-                         uint table_row [[threadgroup_position_in_grid]],
-                         uint simdgroup [[simdgroup_index_in_threadgroup]],
-                         uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void lookup_backward_sum(constant Lookup& lookup [[buffer(kLookup)]],
+                                    device const ushort* segments [[buffer(kSegments)]],
+                                    device const uint* order [[buffer(kOrder)]],
+                                    constant Backward& params [[buffer(kBackward)]],
+                                    device const Grad* grad [[buffer(kGrad)]],
+                                    device Table* grad_table [[buffer(kGradTable)]],
+                                    threadgroup float* simdgroup_sums [[threadgroup(0)]],
+                                    uint table_row [[threadgroup_position_in_grid]],
+                                    uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                    uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint kColumns = kSimdWidth * N;
   constexpr uint kUnroll = 4;
   const uint axis = static_cast<uint>(table_row / lookup.num_rows);
@@ -289,7 +288,7 @@ template <typename Grad, typename Table, int N>
     const float zeros[N] = {};
     for (uint column = simdgroup * kColumns + lane * N; column < lookup.hidden;
          column += kSumSimdgroups * kColumns) {
-      store<N>(grad_table + column, zeros);
+      store_vector<N>(grad_table + column, zeros);
     }
     return;
   }
@@ -321,7 +320,7 @@ template <typename Grad, typename Table, int N>
             const uint position = i + u * kSumSimdgroups;
             if (position < length && has_column) {
               const uint token = tile * kTile + (entries[position] & 0xffff);
-              load<N>(columns + token_offsets(lookup, token).rows, values[u]);
+              load_vector<N>(columns + token_offsets(lookup, token).rows, values[u]);
             }
           }
           for (uint u = 0; u < kUnroll; ++u) {
@@ -339,13 +338,14 @@ template <typename Grad, typename Table, int N>
       for (uint other = 1; other < kSumSimdgroups; ++other) {
         for (int n = 0; n < N; ++n) sums[n] += lane_sums[other * kColumns + n];
       }
-      store<N>(grad_table + column, sums);
+      store_vector<N>(grad_table + column, sums);
     }
   }
 }
 
 // ---------------------------------------------------------------------------------------------
-// What the host finds by name: forward_<table>_<residual>_<N>, sum_rows_<grad>_<table>_<N>.
+// What the host finds by name: lookup_forward_<table>_<residual>_<N>,
+// lookup_backward_sum_<grad>_<table>_<N>.
 
 #define INSTANTIATE(function, a, b, n)                              \
   template [[host_name(#function "_" #a "_" #b "_" #n)]] [[kernel]] \
@@ -366,7 +366,5 @@ template <typename Grad, typename Table, int N>
   INSTANTIATE_WIDTHS(function, bfloat, half)  \
   INSTANTIATE_WIDTHS(function, bfloat, bfloat)
 
-INSTANTIATE_DTYPES(forward)
-INSTANTIATE_DTYPES(sum_rows)
-
-}  // namespace embedding_lookup_metal
+INSTANTIATE_DTYPES(lookup_forward)
+INSTANTIATE_DTYPES(lookup_backward_sum)

@@ -205,7 +205,7 @@ void launch_forward(const Forward& params, const ForwardTensors& tensors) {
 
   on_stream([&](Encoder& encoder) {
     const uint32_t threads = encoder.use(
-        shader_name("forward", params.table_dtype, residual_dtype, vectorise), kThreads);
+        shader_name("lookup_forward", params.table_dtype, residual_dtype, vectorise), kThreads);
     encoder.set(metal::kLookup, shader_params);
     encoder.set_input(metal::kIds, tensors.ids);
     encoder.set_input(metal::kPadding, tensors.padding, tensors.ids);
@@ -241,7 +241,7 @@ void launch_backward(const Backward& params, const BackwardTensors& tensors) {
   const Tensor order = torch::stable::new_empty(
       tensors.grad, {num_tiles, lookup.num_axes, metal::kTile}, ScalarType::Int);
   on_stream([&](Encoder& encoder) {
-    const uint32_t sort_threads = encoder.use("sort_tiles", kSortThreads);
+    const uint32_t sort_threads = encoder.use("lookup_backward_sort", kSortThreads);
     encoder.set(metal::kLookup, shader_params);
     encoder.set_input(metal::kIds, tensors.ids);
     encoder.set_input(metal::kPadding, tensors.padding, tensors.ids);
@@ -251,7 +251,7 @@ void launch_backward(const Backward& params, const BackwardTensors& tensors) {
     encoder.dispatch(num_tiles * lookup.num_axes, sort_threads);
 
     const std::string name =
-        shader_name("sum_rows", params.grad_dtype, params.table_dtype, vectorise);
+        shader_name("lookup_backward_sum", params.grad_dtype, params.table_dtype, vectorise);
     const uint32_t sum_threads = encoder.use(name, kSumThreads);
     check(sum_threads == kSumThreads, "the Metal function ", name, " takes ", kSumThreads,
           " threads, this GPU allows ", sum_threads);

@@ -40,37 +40,35 @@ def main():
     text = text.replace("#pragma METAL fp math_mode(safe)", "#pragma float_control(precise, on)")
     text = text.replace("#pragma METAL fp contract(off)", "#pragma clang fp contract(off)")
 
-    kernels = {name: parse(name, parameters) for _, name, parameters in KERNEL.findall(text)}
-    functions = {
-        name: name for template, name, _ in KERNEL.findall(text) if not template
-    }  # host name to what to call
-    for literals, function, instantiated in INSTANTIATION.findall(text):
+    definitions = KERNEL.findall(text)
+    kernels = {name: parse(name, parameters) for _, name, parameters in definitions}
+    # What to call, by the name that the host knows it by.
+    functions = {name: name for template, name, _ in definitions if not template}
+    instantiations = INSTANTIATION.findall(text)
+    for literals, function, instantiated in instantiations:
         if function != instantiated:
             sys.exit(f"error: {literals}: instantiates {instantiated} as a {function}")
         functions["".join(re.findall(r'"(.*?)"', literals))] = function
-    if text.count("[[host_name") != len(functions) - sum("<" not in f for f in functions.values()):
+    if text.count("[[host_name") != len(instantiations):
+        sys.exit("error: there is an instantiation that isn't understood")
+    for constant in re.findall(
+        r"^(?:(?:static|inline|const|constexpr) )+[^(]*?=", text, re.MULTILINE
+    ):
         sys.exit(
-            "error: two functions with one host name, or an instantiation that isn't understood"
+            f"error: `{constant}`: outside of functions it must be in the constant address space"
         )
-    namespace = re.search(r"^namespace (\w+)", text, re.MULTILINE)[1]
 
     lines = ["#include <metal_stdlib>", re.sub(r"\[\[.*?\]\]", "", text, flags=re.DOTALL)]
     lines += [f"#undef {word}" for word in ("device", "constant", "thread", "threadgroup")]
-    lines += [
-        "#ifndef METAL_ADDRESS_SPACES",
-        "namespace simt_metal {",
-        f"using namespace {namespace};",
-    ]
+    lines.append("#ifndef METAL_ADDRESS_SPACES")
     entries = []
     for i, (name, function) in enumerate(functions.items()):
         arguments, buffers, takes_memory = kernels[function.partition("<")[0]]
-        lines.append(
-            f"SIMT_HOST static void run{i}(const void*) {{ {namespace}::{function}({arguments}); }}"
-        )
+        lines.append(f"SIMT_HOST static void run{i}(const void*) {{ {function}({arguments}); }}")
         mask = " | ".join(f"uint64_t{{1}} << {index}" for index in buffers)
         entries.append(f'  {{"{name}", run{i}, {mask}, {str(takes_memory).lower()}}},')
-    lines += ["extern const Shader shaders[] = {", *entries, "};"]
-    lines += [f"extern const size_t num_shaders = {len(entries)};", "}", "#endif", ""]
+    lines += ["const simt_metal::Shader simt_metal::shaders[] = {", *entries, "};"]
+    lines += [f"const size_t simt_metal::num_shaders = {len(entries)};", "#endif", ""]
     with open(output, "w") as file:
         file.write("\n".join(lines))
 
@@ -91,10 +89,10 @@ def parse(kernel, text):
         if attribute == "buffer":
             buffers.append(index)
             form = "reference" if "&" in kind else "pointer"
-            arguments.append(f"buffer_{form}({index})")
+            arguments.append(f"simt_metal::buffer_{form}({index})")
         elif attribute == "threadgroup":
             takes_memory = True
-            arguments.append(f"threadgroup_pointer({index})")
+            arguments.append(f"simt_metal::threadgroup_pointer({index})")
         else:
             sys.exit(f"error: {kernel}: the engine doesn't know the attribute {attribute}")
     if len(set(buffers)) != len(buffers):
