@@ -28,8 +28,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 PEERS = ("eager", "torch.compile", "embedding_bag", "one-hot")
-FAST = "--peer eager --peer torch.compile --peer embedding_bag"  # one-hot takes seconds
-MEMORY = "--dtype bf16 --direction forward --peer eager --peer one-hot --rounds 2"
+FAST = "--peers eager torch.compile embedding_bag"  # one-hot takes seconds
+MEMORY = "--dtype bf16 --direction forward --peers eager one-hot --rounds 2"
 # What the README shows.
 SUITE = [
     f"--dtype fp32 --dtype bf16 --dtype fp16 {FAST}",
@@ -62,9 +62,7 @@ def main():
     parser.add_argument(
         "--direction", choices=["forward", "backward"], action="append", help="default: both"
     )
-    parser.add_argument(
-        "--peer", choices=PEERS, action="append", help="default: all that fit in memory"
-    )
+    parser.add_argument("--peers", choices=PEERS, nargs="+", help="default: all that fit in memory")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--suite", action="store_true", help="what the README shows, 10 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
@@ -114,7 +112,7 @@ def command(args, dtype, direction, peers):
     for name, default in (defaults | {"rounds": 30}).items():
         if getattr(args, name) != default:
             options.append(f"--{name} {getattr(args, name)}")
-    options += [f"--peer {peer}" for peer in peers if peer in PEERS]
+    options += ["--peers", *(peer for peer in peers if peer != "ours")]
     return f'make bench ARGS="{" ".join(options)}"'
 
 
@@ -145,7 +143,7 @@ def rows_of(kernel, args, dtype_name):
     if 2 * measure.one_hot_bytes(args.batch, args.patches, args.rows, dtype) > free:
         print("one-hot: doesn't fit in memory, not measured")
         del peers["one-hot"]
-    peers = {"ours": ours} | {n: p for n, p in peers.items() if not args.peer or n in args.peer}
+    peers = {"ours": ours} | {n: p for n, p in peers.items() if not args.peers or n in args.peers}
     expected = measure.eager(*arguments)
     for peer in peers.values():  # the peers round in other places than eager does, we don't
         atol = 0 if peer is ours else 4 * torch.finfo(dtype).eps

@@ -229,5 +229,6 @@ def origin(kernel, command):
 
 
 def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"Wrote {path}")

@@ -4,8 +4,9 @@
     make gate ARGS=--write    # measure the baseline anew, 5 minutes; best with nothing else running
 
 Two things are compared. Times, as ratios to eager and to a plain copy of as many bytes in the same rounds:
-noisy, so the baseline is the median of several processes, and what is let through is twice as far above
-it as the worst of them was, and never less than 10%. They are compared on the machine of the baseline only.
+noisy, so the baseline is the median of several processes, what is let through is twice as far above it as
+the worst of them was, and never less than 25%, and the better of two processes is what is compared: being
+slower shows in both. They are compared on the machine of the baseline only.
 And instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512): steady to a
 hundredth of a percent, but another compiler makes other ones, so they are compared with the baseline's
 compiler only.
@@ -27,9 +28,9 @@ from tqdm import tqdm
 
 BASELINE = measure.RESULTS / "baseline.json"
 ROUNDS = 15
-PROCESSES = 8
+PROCESSES = 8  # for the baseline
 DTYPES = ("fp32", "bf16", "fp16")
-MIN_THRESHOLD = 0.1
+MIN_THRESHOLD = 0.25
 INSTRUCTIONS_THRESHOLD = 0.02
 
 
@@ -61,7 +62,8 @@ def main():
     else:
         print(f"instructions: not compared, the baseline's are of {baseline['compiler']}")
     if baseline["machine"] == measure.machine(kernel):
-        measured |= in_processes(1)[0]
+        first, second = in_processes(2)
+        measured |= {name: min(value, second[name]) for name, value in first.items()}
     else:
         print(f"times: not compared, the baseline's are of {baseline['machine']}")
     failed = 0
@@ -116,7 +118,7 @@ def in_processes(count):
     command = [sys.executable, __file__, "--ratios"]
     return [
         json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        for _ in tqdm(range(count), desc="processes", unit="process", disable=count == 1)
+        for _ in tqdm(range(count), desc="processes", unit="process")
     ]
 
 

@@ -91,7 +91,8 @@ def measure_step(kernel, args, step, dtype):
         embedder.input_proj.register_forward_hook(clocks[name].start)
         embedder.register_forward_hook(clocks[name].stop)
         if step == "forward":
-            steps[name] = lambda model=model.eval(): forward(model, pixels, position_ids)
+            model.eval()
+            steps[name] = lambda model=model: forward(model, pixels, position_ids)
             continue
         trained = step == "LoRA and table"
         model = get_peft_model(
@@ -101,7 +102,8 @@ def measure_step(kernel, args, step, dtype):
         if trained:
             time_backward(embedder, clocks[name])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        steps[name] = lambda model=model.train(), optimizer=optimizer: train(
+        model.train()
+        steps[name] = lambda model=model, optimizer=optimizer: train(
             model, optimizer, pixels, position_ids
         )
 
