@@ -1,13 +1,17 @@
 # make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
 # make test   everything that is tested (ARGS="-k gradcheck")
-# make bench  the kernel against its peers, interleaved (ARGS="--json out.json")
+# make bench  the kernel against its peers, interleaved (ARGS="--json out.json"; --suite for all of the README's)
+# make scaling  how the cost grows with each size, and what a call costs
+# make step   what share of a vision forward and of a LoRA step the lookup is
+# make gate   whether it has become slower than the committed baseline; needs valgrind
+# make report the README's tables and plots, from the committed results (ARGS=--check)
 # make cuda   the CUDA variant for all architectures, with a compiler from PyPI; needs no GPU
 # make asan   the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint   formatting and static checks
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo test bench cuda asan lint format clean build
+.PHONY: demo test bench scaling step gate report cuda asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +28,18 @@ test: build
 
 bench: build
 	$(RUN) benchmarks/compare.py $(ARGS)
+
+scaling: build
+	$(RUN) benchmarks/scaling.py $(ARGS)
+
+step: build
+	$(RUN) benchmarks/step.py $(ARGS)
+
+gate: build
+	$(RUN) benchmarks/regression.py $(ARGS)
+
+report: $(VENV)/installed
+	$(RUN) benchmarks/report.py $(ARGS)
 
 cuda: $(VENV)/installed $(TOOLKIT)/installed
 	$(RUN) tools/build.py --backend cuda $(ARGS)

@@ -3,37 +3,47 @@
     make bench
     make bench ARGS="--batch 40 --dtype bf16 --json out.json"
     make bench ARGS="--device cuda --batch 40 --ids random"
+    make bench ARGS="--suite --json benchmarks/results/cpu.json"
 
-Every round times each peer once, forward and backward, in turn: what disturbs the machine disturbs
-all of them. The table shows medians, our speed-up over each peer, and what share of the bandwidth of
-a plain copy we reach on the bytes that the op has to move. Results are fresh tensors, as in a model,
-so page faults count; the copy's are warm, so it is the memory's limit and not the allocator's.
+Every round times each peer once, in turn: what disturbs the machine disturbs all of them. The table
+shows medians, our speed-up over each peer with its 95% interval, and what share of the bandwidth of a
+plain copy we reach on the bytes that the op has to move. Results are fresh tensors, as in a model, so
+page faults count; the copy's are warm, so it is the memory's limit and not the allocator's. The peak is
+the most memory that a call (backward: a forward and backward) holds beyond its arguments.
 
 On a GPU the times are the GPU's own, between two events, with the host far enough ahead that no
-launch is waited for. The host's time per call is beside them, and one F.embedding's to compare with;
-so is the most memory that a forward and backward hold beyond the arguments.
+launch is waited for. The host's time per call is beside them, and one F.embedding's to compare with.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import kernels
+import measure
+import psutil
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEERS = ("eager", "torch.compile", "embedding_bag", "one-hot")
+FAST = "--peers eager torch.compile embedding_bag"  # one-hot takes seconds
+MEMORY = "--dtype bf16 --direction forward --peers eager one-hot --rounds 2"
+# What the README shows.
+SUITE = [
+    f"--dtype fp32 --dtype bf16 --dtype fp16 {FAST}",
+    f"--dtype fp32 --dtype bf16 {FAST} --ids random",
+    f"--dtype fp32 --dtype bf16 {FAST} --ids single",
+    f"--dtype bf16 {FAST} --hidden 1152",
+    f"--dtype bf16 {FAST} --hidden 3840 --patches 1120 --rows 1120",  # Gemma 4 Unified
+    f"--dtype fp32 --dtype bf16 {FAST} --batch 1",
+    *(
+        f"--dtype fp32 --dtype bf16 --direction forward {FAST} --batch 1 --patches {patches}"
+        for patches in (630, 1260, 5040, 10080)
+    ),
+    *(f"{MEMORY} --batch {batch}" for batch in (1, 2, 4, 8)),
+]
 
 
 def main():
@@ -46,56 +56,70 @@ def main():
     parser.add_argument("--patches", type=int, default=2520, help="per image; 1 in 21 is padding")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--rows", type=int, default=10240, help="P, the table's rows per axis")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: fp32 and bf16")
+    parser.add_argument(
+        "--dtype", choices=measure.DTYPES, action="append", help="default: fp32 and bf16"
+    )
+    parser.add_argument(
+        "--direction", choices=["forward", "backward"], action="append", help="default: both"
+    )
+    parser.add_argument("--peers", choices=PEERS, nargs="+", help="default: all that fit in memory")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--suite", action="store_true", help="what the README shows, 10 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: an interval needs more than one")
 
     torch.set_default_device(args.device)
-    kernel = kernels.get_local_kernel(ROOT, backend=args.device)
-    report = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": kernel.__name__.split("_", 5)[-1],
-        "machine": machine(kernel),
-        "shape": {key: getattr(args, key) for key in ("batch", "patches", "hidden", "rows", "ids")},
-        "rounds": args.rounds,
-        "results": [],
-    }
-    for dtype in args.dtype or ["fp32", "bf16"]:
-        for direction, result in measure(kernel, args, dtype).items():
-            report["results"].append({"dtype": dtype, "direction": direction, **result})
-
-    print(", ".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    print(
-        f"B={args.batch} N={args.patches} H={args.hidden} P={args.rows} {args.ids} ids, "
-        f"medians of {args.rounds}"
-    )
+    kernel = measure.load_kernel(args.device)
+    suite = [f"--device {args.device} {line}" for line in SUITE] if args.suite else None
+    cells = [parser.parse_args(line.split()) for line in suite] if suite else [args]
+    cells = [(cell, dtype) for cell in cells for dtype in cell.dtype or ["fp32", "bf16"]]
     rows = []
-    for result in report["results"]:
-        times = result["median_ms"]
-        row = {"": f"{result['direction']} {result['dtype']}"}
-        row["ours (ms)"] = f"{times['ours']:.2f}"
-        for peer in times:
-            if peer not in ("ours", "copy"):
-                row[f"vs {peer}"] = f"{times[peer] / times['ours']:.2f}x"
-        row["must move"] = f"{result['bytes'] / 1e6:.0f} MB"
-        row["copy"] = f"{result['bytes'] / times['copy'] / 1e6:.0f} GB/s"
-        row["share"] = f"{times['copy'] / times['ours']:.0%}"
-        if "host_us" in result:
-            row["host"] = f"{result['host_us']['ours']:.0f} us"
-        if "peak_bytes" in result:
-            row["peak"] = f"{result['peak_bytes']['ours'] / 2**20:.0f} MiB"
-        rows.append(row)
-    print(tabulate(rows, headers="keys", tablefmt="simple_outline"))
+    for cell, dtype in tqdm(cells, desc="cells", unit="cell", disable=len(cells) == 1):
+        rows += rows_of(kernel, cell, dtype)
+
+    print(", ".join(f"{key}: {value}" for key, value in rows[0]["machine"].items()))
+    print(tabulate(map(table_row, rows), headers="keys", tablefmt="simple_outline"))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"Wrote {args.json}")
+        measure.write(args.json, rows)
 
 
-def measure(kernel, args, dtype_name):
-    """Time all peers for one dtype. Returns, per direction, medians, quartiles and bytes."""
-    dtype = DTYPES[dtype_name]
-    position_ids, padding = images(args.batch, args.patches)
+def table_row(row):
+    shape, times = row["shape"], row["median_ms"]
+    result = {
+        "": f"{row['direction']} {row['dtype']}",
+        "shape": f"B={shape['batch']} N={shape['patches']} H={shape['hidden']} {shape['ids']}",
+        "ours (ms)": f"{times['ours']:.2f}",
+    }
+    for peer, (ratio, low, high) in row["ratio"].items():
+        if peer != "copy":
+            result[f"vs {peer}"] = f"{ratio:.2f}x [{low:.2f}, {high:.2f}]"
+    result["ours"] = f"{row['bytes'] / times['ours'] / 1e6:.0f} GB/s"
+    result["copy"] = f"{row['bytes'] / times['copy'] / 1e6:.0f} GB/s"
+    result["share"] = f"{row['ratio']['copy'][0]:.0%}"
+    result["peak"] = f"{row['peak_bytes']['ours'] / 2**20:.0f} MiB"
+    if "host_us" in row:
+        result["host"] = f"{row['host_us']['ours']:.0f} us"
+    return result
+
+
+def command(args, dtype, direction, peers):
+    """The line that measures one row again."""
+    options = [f"--device {args.device}"] if args.device != "cpu" else []
+    options += [f"--dtype {dtype}", f"--direction {direction}"]
+    defaults = {"batch": 8, "patches": 2520, "hidden": 768, "rows": 10240, "ids": "grid"}
+    for name, default in (defaults | {"rounds": 30}).items():
+        if getattr(args, name) != default:
+            options.append(f"--{name} {getattr(args, name)}")
+    options += ["--peers", *(peer for peer in peers if peer != "ours")]
+    return f'make bench ARGS="{" ".join(options)}"'
+
+
+def rows_of(kernel, args, dtype_name):
+    """Time all peers for one dtype. Returns a row for each direction."""
+    dtype = measure.DTYPES[dtype_name]
+    position_ids, padding = measure.images(args.batch, args.patches)
     if args.ids == "random":
         position_ids.random_(0, args.rows)
     elif args.ids == "single":
@@ -106,128 +130,77 @@ def measure(kernel, args, dtype_name):
     grad = torch.randn_like(residual)
     arguments = (position_ids, table, padding, residual)
 
-    def ours(position_ids, table, padding, residual):
-        return kernel.fused_embedding_lookup(
-            position_ids, table, padding=padding, residual=residual
-        )
-
     torch._dynamo.reset()
+    ours = measure.fused(kernel)
     peers = {
-        "ours": ours,
-        "eager": eager,
-        "torch.compile": torch.compile(eager),
-        "embedding_bag": embedding_bag,
+        "eager": measure.eager,
+        "torch.compile": torch.compile(measure.eager),
+        "embedding_bag": measure.embedding_bag,
+        "one-hot": measure.one_hot,
     }
-    if on_gpu and 2 * position_ids.numel() * args.rows * 10 < torch.cuda.mem_get_info()[0]:
-        peers["one-hot"] = one_hot
-    expected = eager(*arguments)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    # Half of what is free: its backward wants as much again.
+    if 2 * measure.one_hot_bytes(args.batch, args.patches, args.rows, dtype) > free:
+        print("one-hot: doesn't fit in memory, not measured")
+        del peers["one-hot"]
+    peers = {"ours": ours} | {n: p for n, p in peers.items() if not args.peers or n in args.peers}
+    expected = measure.eager(*arguments)
     for peer in peers.values():  # the peers round in other places than eager does, we don't
         atol = 0 if peer is ours else 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(peer(*arguments), expected, rtol=atol, atol=atol)
 
     distinct = sum(len(position_ids[..., axis].unique()) for axis in range(2))
-    element = residual.element_size()
     ids_bytes = position_ids.nbytes + padding.nbytes
     bytes_moved = {
-        "forward": 2 * residual.nbytes + ids_bytes + distinct * args.hidden * element,
+        "forward": 2 * residual.nbytes + ids_bytes + distinct * args.hidden * dtype.itemsize,
         "backward": grad.nbytes + table.nbytes + ids_bytes,
     }
-    copies = {}
-    for direction, size in bytes_moved.items():
-        source = torch.ones(size // 2, dtype=torch.uint8)
-        copies[direction] = (torch.empty_like(source), source)
 
     def forward(peer):
         with torch.no_grad():
-            return timed(lambda: peer(*arguments), on_gpu)
+            return measure.timed(lambda: peer(*arguments), on_gpu)
 
     def backward(peer):
         out = peer(*arguments)
-        return timed(lambda: torch.autograd.grad(out, (table, residual), grad), on_gpu)
+        return measure.timed(lambda: torch.autograd.grad(out, (table, residual), grad), on_gpu)
 
-    times = {direction: {name: [] for name in [*peers, "copy"]} for direction in bytes_moved}
-    for direction, run in (("forward", forward), ("backward", backward)):
-        target, source = copies[direction]
-        for _ in tqdm(range(-3, args.rounds), desc=f"{direction} {dtype_name}", unit="round"):
-            for name, peer in peers.items():
-                times[direction][name].append(run(peer))
-            times[direction]["copy"].append(timed(lambda: target.copy_(source), on_gpu))  # noqa: B023
+    @torch.no_grad()
+    def inference(peer):
+        return peer(*arguments)
 
-    result = {}
-    for direction, of_peer in times.items():
-        milliseconds = {name: [s * 1e3 for s in seconds[3:]] for name, seconds in of_peer.items()}
-        quartiles = {name: statistics.quantiles(ms, n=4) for name, ms in milliseconds.items()}
-        result[direction] = {
+    def training(peer):
+        return torch.autograd.grad(peer(*arguments), (table, residual), grad)
+
+    rows = []
+    for direction in args.direction or bytes_moved:
+        run, whole = {"forward": (forward, inference), "backward": (backward, training)}[direction]
+        source = torch.ones(bytes_moved[direction] // 2, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        measurements = {name: lambda peer=peer: run(peer) for name, peer in peers.items()}  # noqa: B023
+        measurements["copy"] = lambda: measure.timed(lambda: target.copy_(source), on_gpu)  # noqa: B023
+        label = f"{direction} {dtype_name}"
+        row = measure.origin(kernel, command(args, dtype_name, direction, peers)) | {
+            "shape": {
+                key: getattr(args, key) for key in ("batch", "patches", "hidden", "rows", "ids")
+            },
+            "dtype": dtype_name,
+            "direction": direction,
+            "rounds": args.rounds,
             "bytes": bytes_moved[direction],
-            "median_ms": {name: round(q[1], 4) for name, q in quartiles.items()},
-            "quartiles_ms": {
-                name: [round(q[0], 4), round(q[2], 4)] for name, q in quartiles.items()
+            **measure.summary(measure.interleaved(measurements, args.rounds, label)),
+            "peak_bytes": {
+                name: measure.peak_bytes(lambda peer=peer: whole(peer), on_gpu)  # noqa: B023
+                for name, peer in peers.items()
             },
         }
-    if on_gpu:
-        x = position_ids[..., 0].clamp(min=0)
-        with torch.no_grad():
+        if on_gpu and direction == "forward":
+            x = position_ids[..., 0].clamp(min=0)
             calls = {name: lambda peer=peer: peer(*arguments) for name, peer in peers.items()}
-            calls["one F.embedding"] = lambda: F.embedding(x, table[0])
-            result["forward"]["host_us"] = {n: host_microseconds(c) for n, c in calls.items()}
-        result["backward"]["peak_bytes"] = {
-            name: peak_bytes(
-                lambda peer=peer: torch.autograd.grad(peer(*arguments), (table, residual), grad)
-            )
-            for name, peer in peers.items()
-        }
-    return result
-
-
-def images(batch, patches):
-    """Ids and padding of images of 3 : 2 that fill 20/21 of `patches`, as 60 x 40 does of 2520."""
-    unit = int((patches * 20 / 21 / 6) ** 0.5)
-    x, y = torch.meshgrid(torch.arange(3 * unit), torch.arange(2 * unit), indexing="xy")
-    position_ids = torch.full((batch, patches, 2), -1)
-    position_ids[:, : x.numel()] = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    return position_ids, (position_ids == -1).all(-1)
-
-
-def eager(position_ids, table, padding, residual):
-    """transformers since 5.10."""
-    x, y = position_ids.clamp(min=0).unbind(-1)
-    embedding = F.embedding(x, table[0]) + F.embedding(y, table[1])
-    return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
-
-
-def embedding_bag(position_ids, table, padding, residual):
-    """Both axes in one lookup of PyTorch's own fused lookup-and-sum."""
-    axes, rows, hidden = table.shape
-    ids = position_ids.clamp(min=0) + torch.arange(axes, device=position_ids.device) * rows
-    embedding = F.embedding_bag(ids.view(-1, axes), table.view(-1, hidden), mode="sum")
-    embedding = embedding.view(*position_ids.shape[:-1], hidden)
-    return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
-
-
-def one_hot(position_ids, table, padding, residual):
-    """transformers up to 5.9."""
-    encoded = F.one_hot(position_ids.clamp(min=0), num_classes=table.shape[1])
-    encoded = encoded.permute(0, 2, 1, 3).to(table)
-    embedding = (encoded @ table).sum(dim=1)
-    return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
-
-
-def timed(function, on_gpu):
-    """Seconds."""
-    if on_gpu:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000)  # about a millisecond for the host to get ahead
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - start
-    del result  # freeing it is not what is timed
-    return seconds
+            calls["one F.embedding"] = lambda x=x: F.embedding(x, table[0])
+            with torch.no_grad():
+                row["host_us"] = {name: host_microseconds(call) for name, call in calls.items()}
+        rows.append(row)
+    return rows
 
 
 def host_microseconds(function):
@@ -241,45 +214,6 @@ def host_microseconds(function):
         times.append((time.perf_counter() - start) / 20 * 1e6)
     torch.cuda.synchronize()
     return round(statistics.median(times), 2)
-
-
-def peak_bytes(function):
-    """The most GPU memory that a call holds beyond what is held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def machine(kernel):
-    if torch.get_default_device().type == "cuda":
-        query = "--query-gpu=driver_version"
-        driver = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()[0]
-        return {
-            "gpu": torch.cuda.get_device_name(),
-            "driver": driver,
-            "cuda": torch.version.cuda,
-            "torch": torch.__version__,
-        }
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "instructions": kernel.op.ops.cpu_capability(),
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

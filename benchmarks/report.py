@@ -1,0 +1,448 @@
+"""The README's tables and the plots, from the JSON in benchmarks/results.
+
+make report
+make report ARGS=--check    # changes nothing; fails if they disagree with the JSON
+"""
+
+import argparse
+import io
+import json
+import re
+import sys
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import measure
+from matplotlib import pyplot
+from tabulate import tabulate
+
+README = measure.ROOT / "README.md"
+SOFT_TOKEN_PATCHES = [630, 1260, 2520, 5040, 10080]
+TRAINING_BATCH = 40  # of issue 46175 of transformers
+
+# ----- what was promised --------------------------------------------------------------------------
+
+# Device, shape, direction, dtype, peer, the least ratio of its time to ours. Against "copy" it is the
+# share of a copy's bandwidth: 2/3 is 1.5 times the time that a copy of the bytes takes.
+CPU = {"batch": 8, "patches": 2520, "hidden": 768, "rows": 10240, "ids": "grid"}
+GPU = CPU | {"batch": 40}
+IMAGE = CPU | {"batch": 1}
+TARGETS = [
+    ("cpu", CPU, "forward", "fp32", "eager", 4),
+    ("cpu", CPU, "forward", "fp32", "torch.compile", 1.1),
+    ("cpu", CPU, "forward", "bf16", "eager", 7),
+    ("cpu", CPU, "forward", "bf16", "torch.compile", 1),
+    ("cpu", CPU, "backward", "fp32", "eager", 4),
+    ("cpu", CPU, "backward", "fp32", "torch.compile", 5),
+    ("cpu", CPU, "backward", "bf16", "eager", 4),
+    ("cpu", CPU, "backward", "bf16", "torch.compile", 8),
+    *(
+        ("gpu", shape, direction, "bf16", peer, least)
+        for shape in (GPU, GPU | {"hidden": 1152})
+        for direction, peer, least in (
+            ("forward", "copy", 0.9),
+            ("forward", "eager", 5),
+            ("forward", "torch.compile", 1),
+            ("forward", "embedding_bag", 1.5),
+            ("backward", "copy", 2 / 3),
+            ("backward", "eager", 6),
+            ("backward", "torch.compile", 6),
+        )
+    ),
+    ("gpu", IMAGE, "forward", "bf16", "eager", 4),
+    ("gpu", GPU | {"ids": "random"}, "forward", "bf16", "copy", 0.8),
+    ("gpu", GPU | {"ids": "random"}, "backward", "bf16", "copy", 1 / 3),
+    *(
+        ("gpu", GPU | {"ids": "single"}, "forward", "bf16", peer, least)
+        for peer, least in (
+            ("copy", 0.9),
+            ("eager", 5),
+            ("torch.compile", 1),
+            ("embedding_bag", 1.5),
+        )
+    ),
+    ("gpu", GPU | {"ids": "single"}, "backward", "bf16", "copy", 1 / 2),
+]
+# Those that no ratio tells, and what was measured.
+OTHER_TARGETS = {
+    "GPU forward bf16, B=1 N=2520 H=768, launches": ("1", "not measured yet: no GPU"),
+    "GPU backward bf16, B=1 N=2520 H=768, launches": ("≤ 4", "not measured yet: no GPU"),
+    "GPU forward bf16, B=1 N=2520 H=768, host's time vs one F.embedding": (
+        "≤ 2x",
+        "not measured yet: no GPU",
+    ),
+}
+# Why one is missed, by the text in its first cell.
+REASONS = {}
+
+
+def target_rows(rows):
+    for device, shape, direction, dtype, peer, least in TARGETS:
+        of = "of a copy's bandwidth" if peer == "copy" else f"vs {peer}"
+        name = f"{device.upper()} {direction} {dtype}, {shape_text(shape)}, {of}"
+        result = {"": name, "target": f"≥ {ratio_text(peer, least)}"}
+        row = find(rows, device, shape, direction, dtype, peer)
+        if row is None:
+            missing = "not measured yet" + (": no GPU" if device == "gpu" else "")
+            result["measured"] = missing
+        else:
+            _, low, high = row["ratio"][peer]
+            met = "met" if low >= least else "missed" if high < least else "not certain"
+            reason = REASONS.get(name)
+            result |= {
+                "measured": interval_text(peer, row["ratio"][peer]),
+                "met": f"{met}: {reason}" if reason else met,
+                **origin(row),
+            }
+        yield result
+    for name, (target, measured) in OTHER_TARGETS.items():
+        yield {"": name, "target": target, "measured": measured}
+
+
+def find(rows, device, shape, direction, dtype, peer):
+    matching = [
+        row
+        for row in rows
+        if device in row["machine"]
+        and (row["shape"], row["direction"], row["dtype"]) == (shape, direction, dtype)
+        and peer in row["ratio"]
+    ]
+    # The one with most rounds: the memory's rows have few.
+    return max(matching, key=lambda row: row["rounds"], default=None)
+
+
+# ----- tables -------------------------------------------------------------------------------------
+
+
+def shape_text(shape):
+    rows = "" if shape["rows"] == 10240 else f" P={shape['rows']}"
+    ids = "" if shape["ids"] == "grid" else f" {shape['ids']} ids"
+    return f"B={shape['batch']} N={shape['patches']} H={shape['hidden']}{rows}{ids}"
+
+
+def ratio_text(peer, ratio):
+    return f"{ratio:.0%}" if peer == "copy" else f"{ratio:.3g}x"
+
+
+def interval_text(peer, interval):
+    ratio, low, high = (ratio_text(peer, value) for value in interval)
+    return f"{ratio} [{low}, {high}]"
+
+
+def origin(row):
+    machine = row["machine"]
+    name = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} cores"
+    return {
+        "machine": name,
+        "date": row["date"][:10],
+        "commit": row["commit"],
+        "again": f"`{row['command']}`",
+    }
+
+
+def op_rows(rows):
+    for row in rows:
+        if "torch.compile" not in row["ratio"]:
+            continue  # taken for its memory
+        times = row["median_ms"]
+        yield {
+            "": f"{row['direction']} {row['dtype']}, {shape_text(row['shape'])}",
+            "ours": f"{times['ours']:.3g} ms",
+            **{
+                f"vs {peer}": interval_text(peer, row["ratio"][peer])
+                for peer in ("eager", "torch.compile", "embedding_bag")
+            },
+            "must move": f"{row['bytes'] / 1e6:.0f} MB",
+            "ours, GB/s": f"{row['bytes'] / times['ours'] / 1e6:.0f}",
+            "of a copy's bandwidth": interval_text("copy", row["ratio"]["copy"]),
+            "peak memory": f"{row['peak_bytes']['ours'] / 2**20:.0f} MiB",
+            "again": f"`{row['command']}`",
+        }
+
+
+def step_rows(rows):
+    for row in rows:
+        if "step" in row:
+            yield {
+                "": f"{row['step']} {row['dtype']}, {row['patches']} patches",
+                "whole step, before": f"{row['median_ms']['before']:.0f} ms",
+                "after": f"{row['median_ms']['ours']:.0f} ms",
+                "lookup, before": f"{row['lookup_ms']['before']:.3g} ms",
+                "after ": f"{row['lookup_ms']['ours']:.3g} ms",
+                "share, before": f"{row['share']['before']:.2%}",
+                "after  ": f"{row['share']['ours']:.2%}",
+                **origin(row),
+            }
+
+
+def call_rows(rows):
+    for row in rows:
+        if row.get("sweep") == "call":
+            for name, quartiles in row["quartiles_us"].items():
+                yield {
+                    "": name,
+                    "us": row["median_us"][name],
+                    "quartiles": "{} to {}".format(*quartiles),
+                    "again": f"`{row['command']}`",
+                }
+
+
+def markdown(rows):
+    rows = list(rows)
+    # Numbers as they are written, so that no column's format depends on its other rows.
+    table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+    return (
+        re.sub(r" {2,}", " ", re.sub(r":?-{3,}:?", "---", table)) if rows else "Not measured yet."
+    )
+
+
+# ----- plots --------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; on dark, lighter where needed.
+THEMES = {
+    "light": {"text": "#24292f", "faint": "#8c959f", "ours": "#0072b2"},
+    "dark": {"text": "#d1d7e0", "faint": "#6e7781", "ours": "#56b4e9"},
+}
+COLORS = {
+    "eager": "#d55e00",
+    "torch.compile": "#009e73",
+    "embedding_bag": "#cc79a7",
+    "one-hot": "#e69f00",
+}
+
+
+def color(name, theme):
+    return COLORS.get(name) or THEMES[theme]["ours" if name == "ours" else "faint"]
+
+
+def figure(columns, theme, height=3.6, width=8.0):
+    matplotlib.rcdefaults()
+    text, faint = THEMES[theme]["text"], THEMES[theme]["faint"]
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "fused-embedding-lookup",
+            "svg.fonttype": "none",
+            "font.family": "DejaVu Sans",  # matplotlib brings it, so that every machine has it
+            "font.size": 9,
+            "text.color": text,
+            "axes.labelcolor": text,
+            "axes.edgecolor": faint,
+            "xtick.color": text,
+            "ytick.color": text,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10,
+        }
+    )
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+
+
+def svg(drawing):
+    buffer = io.StringIO()
+    metadata = {"Date": None, "Creator": None}
+    drawing.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    pyplot.close(drawing)
+    # Without a generic name, a browser that lacks the font takes one with serifs.
+    text = buffer.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def label_ends(axis, ends, theme):
+    """Writes the name of each line at its end, moved apart where they would touch."""
+    bottom, top = axis.transData.inverted().transform(axis.transAxes.transform([(0, 0), (0, 1)]))[
+        :, 1
+    ]
+    step = (top / bottom) ** 0.065
+    previous = 0.0
+    for name, x, y, label in sorted(ends, key=lambda end: end[2]):
+        previous = max(y, previous * step)
+        axis.annotate(
+            label,
+            (x, previous),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color(name, theme),
+            fontweight="bold" if name == "ours" else "normal",
+            annotation_clip=False,
+        )
+
+
+def plot_time(rows, theme):
+    """Time of the forward against the number of patches of one image."""
+    drawing, axes = figure(2, theme)
+    for axis, (dtype, title) in zip(axes[0], (("fp32", "float32"), ("bf16", "bfloat16"))):
+        found = {
+            n: find(rows, "cpu", IMAGE | {"patches": n}, "forward", dtype, "torch.compile")
+            for n in SOFT_TOKEN_PATCHES
+        }
+        found = {n: row for n, row in found.items() if row}
+        if not found:
+            continue
+        sizes, ends = list(found), []
+        for name in found[sizes[0]]["median_ms"]:
+            times = [row["median_ms"][name] for row in found.values()]
+            ours = name == "ours"
+            axis.plot(
+                sizes,
+                times,
+                color=color(name, theme),
+                marker="o",
+                markersize=3,
+                linewidth=2.5 if ours else 1.3,
+                linestyle=":" if name == "copy" else "-",
+                zorder=3 if ours else 2,
+            )
+            label = "a copy of the bytes" if name == "copy" else name
+            ends.append((name, sizes[-1], times[-1], label))
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("patches of one image")
+        axis.set_title(f"Forward, {title}: milliseconds")
+        label_ends(axis, ends, theme)
+    return svg(drawing)
+
+
+def plot_share(rows, theme):
+    """What share of a copy's bandwidth is reached, for each shape."""
+    bars = [
+        (f"{row['direction']} {row['dtype']}, {shape_text(row['shape'])}", row["ratio"]["copy"])
+        for row in rows
+        if "cpu" in row["machine"] and "torch.compile" in row["ratio"]
+    ]
+    drawing, axes = figure(1, theme, height=0.6 + 0.22 * len(bars))
+    axis = axes[0][0]
+    names = [name for name, _ in bars][::-1]
+    shares, lows, highs = zip(*[interval for _, interval in bars][::-1])
+    errors = [[s - low for s, low in zip(shares, lows)], [h - s for s, h in zip(shares, highs)]]
+    axis.barh(names, shares, color=THEMES[theme]["ours"], height=0.7)
+    axis.errorbar(
+        shares, names, xerr=errors, fmt="none", ecolor=THEMES[theme]["text"], elinewidth=1
+    )
+    for name, share, high in zip(names, shares, highs):
+        axis.annotate(
+            f"{share:.0%}", (high, name), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axis.axvline(1, color=THEMES[theme]["faint"], linewidth=1, linestyle=":")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axis.margins(y=0.01)
+    axis.tick_params(axis="y", length=0)
+    axis.set_title("Share of a copy's bandwidth, with its 95% interval")
+    return svg(drawing)
+
+
+def plot_memory(rows, theme):
+    """What a forward allocates, against the batch. What was not run is computed, and looks it."""
+    drawing, axes = figure(1, theme)
+    axis, ends = axes[0][0], []
+    found = {
+        batch: find(rows, "cpu", CPU | {"batch": batch}, "forward", "bf16", "one-hot")
+        for batch in (1, 2, 4, 8)
+    }
+    found = {batch: row for batch, row in found.items() if row}
+    for name in ("one-hot", "eager", "ours"):
+        sizes = [row["peak_bytes"][name] / 2**20 for row in found.values()]
+        axis.plot(
+            list(found),
+            sizes,
+            color=color(name, theme),
+            marker="o",
+            linewidth=2.5 if name == "ours" else 1.3,
+        )
+        ends.append((name, max(found), sizes[-1], name))
+    last = max(found)
+    computed = [
+        measure.one_hot_bytes(batch, 2520, 10240, measure.DTYPES["bf16"]) / 2**20
+        for batch in (last, TRAINING_BATCH)
+    ]
+    style = {"color": color("one-hot", theme), "linestyle": "--", "linewidth": 1.3}
+    axis.plot((last, TRAINING_BATCH), computed, marker="o", markerfacecolor="none", **style)
+    ends[0] = ("one-hot", TRAINING_BATCH, computed[-1], "one-hot, computed:\nthe one-hot alone")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks([*found, TRAINING_BATCH], [str(batch) for batch in [*found, TRAINING_BATCH]])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xlabel("images of 2520 patches, 768 wide, bfloat16")
+    axis.set_title("Peak memory of the forward beyond its inputs: MiB")
+    label_ends(axis, ends, theme)
+    return svg(drawing)
+
+
+PLOTS = {
+    "time": (plot_time, "Time of the forward against the number of patches"),
+    "share": (plot_share, "Share of a copy's bandwidth, by shape"),
+    "memory": (plot_memory, "Peak memory against the batch: one-hot, eager, ours"),
+}
+
+
+def picture(name):
+    path = f"benchmarks/results/{name}"
+    return (
+        f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{path}_dark.svg">\n'
+        f'<img src="{path}_light.svg" alt="{PLOTS[name][1]}">\n</picture>\n'
+    )
+
+
+# ----- all of it ----------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether they disagree")
+    args = parser.parse_args()
+    wrong = []
+    for path, text in generated().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        wrong.append(str(path.relative_to(measure.ROOT)))
+        if not args.check:
+            path.write_text(text)
+            print(f"Wrote {path}")
+    if wrong and args.check:
+        sys.exit(
+            f"error: {', '.join(wrong)} disagree with the JSON in benchmarks/results; run `make report`"
+        )
+
+
+def generated():
+    """The text of every file that comes from the JSON."""
+    rows = []
+    for path in sorted(measure.RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        rows += content if isinstance(content, list) else []  # the gate's baseline is no list
+    op = [row for row in rows if "bytes" in row]
+    files = {
+        measure.RESULTS / f"{name}_{theme}.svg": plot(op, theme)
+        for name, (plot, _) in PLOTS.items()
+        for theme in THEMES
+        if op
+    }
+    sections = {
+        "targets": markdown(target_rows(op)),
+        "cpu": markdown(op_rows([row for row in op if "cpu" in row["machine"]])),
+        "step": markdown(step_rows(rows)),
+        "call": markdown(call_rows(rows)),
+        "plots": "\n".join(map(picture, PLOTS)) if op else "Not measured yet.",
+    }
+    readme = README.read_text()
+    for name, text in sections.items():
+        marked = re.compile(rf"(<!-- benchmarks:{name} -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+        if not marked.search(readme):
+            sys.exit(f"error: README.md has no <!-- benchmarks:{name} --> ... <!-- /benchmarks -->")
+        readme = marked.sub(
+            lambda match, text=text: f"{match[1]}\n{text.strip()}\n\n{match[2]}", readme
+        )
+    return files | {README: readme}
+
+
+if __name__ == "__main__":
+    main()
