@@ -132,12 +132,14 @@ inline void check(bool condition, const Args&... message) {
   throw std::invalid_argument(stream.str());
 }
 
-inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream stream;
+// A shape in a message: written only if there is one.
+struct Shape {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+};
+inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
   stream << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) stream << (i == 0 ? "" : ", ") << sizes[i];
-  stream << "]";
-  return stream.str();
+  for (size_t i = 0; i < shape.sizes.size(); ++i) stream << (i == 0 ? "" : ", ") << shape.sizes[i];
+  return stream << "]";
 }
 
 // Only the CPU's kernels take float64.
@@ -174,7 +176,7 @@ inline void check_token_shape(const char* name, const Tensor& tensor, const Tens
   for (int64_t i = 0; i < leading; ++i) expected << (i == 0 ? "" : ", ") << ids.size(i);
   if (hidden) expected << (leading == 0 ? "" : ", ") << *hidden;
   check(false, name, " must have shape [", expected.str(), "] to go with position_ids of shape ",
-        shape_string(ids.sizes()), ", got ", shape_string(tensor.sizes()));
+        Shape{ids.sizes()}, ", got ", Shape{tensor.sizes()});
 }
 
 // Drops dimensions of size 1 and merges neighbours that are one dimension in every tensor, so that
@@ -201,9 +203,8 @@ inline void merge_token_dims(Lookup& lookup, const Tensor& ids,
       lookup.rows_strides[last] = rows_stride;
       continue;
     }
-    check(lookup.num_token_dims < kMaxTokenDims, "position_ids of shape ",
-          shape_string(ids.sizes()), " has more than ", kMaxTokenDims,
-          " leading dimensions whose strides cannot be merged");
+    check(lookup.num_token_dims < kMaxTokenDims, "position_ids of shape ", Shape{ids.sizes()},
+          " has more than ", kMaxTokenDims, " leading dimensions whose strides cannot be merged");
     const int next = lookup.num_token_dims++;
     lookup.token_sizes[next] = size;
     lookup.ids_strides[next] = ids_stride;
@@ -224,7 +225,7 @@ inline Lookup make_lookup(const Tensor& ids, const std::optional<Tensor>& paddin
   check(num_axes >= 1 && num_axes <= kMaxAxes, "table must have shape [K, P, H] with K from 1 to ",
         kMaxAxes, ", got K = ", num_axes);
   check(ids.size(ids.dim() - 1) == num_axes, "position_ids must have shape [..., ", num_axes,
-        "] to go with a table of ", num_axes, " axes, got ", shape_string(ids.sizes()));
+        "] to go with a table of ", num_axes, " axes, got ", Shape{ids.sizes()});
   if (padding) {
     check(padding->scalar_type() == ScalarType::Bool, "padding must be bool, got ",
           torch::headeronly::toString(padding->scalar_type()));

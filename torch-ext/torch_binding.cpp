@@ -37,7 +37,7 @@ Tensor embedding_lookup_forward(const Tensor& position_ids, const Tensor& table,
                                 const std::optional<Tensor>& residual,
                                 std::optional<int64_t> padding_id) {
   check(table.dim() == 3, "table must have shape [K, P, H], got ",
-        embedding_lookup::shape_string(table.sizes()));
+        embedding_lookup::Shape{table.sizes()});
   const int64_t hidden = table.size(2);
   embedding_lookup::check_same_device("table", table, position_ids);
   embedding_lookup::check_floating("table", table.scalar_type());

@@ -62,9 +62,9 @@ void visit(ScalarType dtype, const F& f) {
 // ----- vectors -------------------------------------------------------------------------------
 
 // The forward's main path works on Block<T>: kSize values of T as float32, in two vectors. Plain
-// loops would do but for two things that compilers don't do well or at all: rounding to 16-bit
-// types, and streaming stores, which write a result too large for the caches without reading it
-// into them.
+// loops would do but for two things that compilers don't do well or at all: conversions of 16-bit
+// types (the backward's of float16 among them), and streaming stores, which write a result too
+// large for the caches without reading it into them.
 
 typedef float Floats __attribute__((vector_size(CPU_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(CPU_VECTOR_BYTES)));
@@ -92,8 +92,10 @@ struct Block<float> {
   Floats first, second;
 
   static Block load(const float* from) {
+    // One after the other: GCC copies a pair of 32-byte vectors by way of the stack.
     Block block;
-    __builtin_memcpy(&block, from, sizeof(block));
+    __builtin_memcpy(&block.first, from, sizeof(block.first));
+    __builtin_memcpy(&block.second, from + kSize / 2, sizeof(block.second));
     return block;
   }
 
@@ -166,9 +168,10 @@ struct Block<Half> {
 #endif
 
   static Block load(const Half* from) {
-    Packed packed[2];
-    __builtin_memcpy(packed, from, sizeof(packed));
-    return {unpack(packed[0]), unpack(packed[1])};
+    Packed low, high;
+    __builtin_memcpy(&low, from, sizeof(low));
+    __builtin_memcpy(&high, from + kSize / 2, sizeof(high));
+    return {unpack(low), unpack(high)};
   }
 
   void add(const Block& other) {
@@ -261,12 +264,24 @@ template <int N, typename Acc, typename Grad>
 void accumulate_row(Acc* const* sum_rows, const Grad* grad, int64_t width) {
   Acc* sums[N];
   for (int n = 0; n < N; ++n) sums[n] = sum_rows[n];
+  int64_t h = 0;
+  if constexpr (std::is_same_v<Grad, Half> && std::is_same_v<Acc, float> &&
+                Block<Grad>::kSize > 0) {
+    for (; h + Block<Grad>::kSize <= width; h += Block<Grad>::kSize) {
+      const auto value = Block<Grad>::load(grad + h);
+      for (int n = 0; n < N; ++n) {
+        auto sum = Block<float>::load(sums[n] + h);
+        sum.add({value.first, value.second});
+        sum.template round_and_store<false>(sums[n] + h);
+      }
+    }
+  }
 #ifdef __clang__
 #pragma clang loop vectorize(assume_safety)
 #else
 #pragma GCC ivdep
 #endif
-  for (int64_t h = 0; h < width; ++h) {
+  for (; h < width; ++h) {
     const Acc value = static_cast<OpMath<Grad>>(grad[h]);
     for (int n = 0; n < N; ++n) sums[n][h] += value;
   }
@@ -413,7 +428,14 @@ void store(const Backward& params, const void* sums, int64_t width, void* out) {
     using Table = std::remove_pointer_t<decltype(table)>;
     const auto* from = static_cast<const Sum<Table>*>(sums);
     auto* __restrict to = static_cast<Table*>(out);
-    for (int64_t h = 0; h < width; ++h) to[h] = static_cast<Table>(from[h]);
+    int64_t h = 0;
+    if constexpr (std::is_same_v<Table, Half> && Block<Table>::kSize > 0) {
+      for (; h + Block<Table>::kSize <= width; h += Block<Table>::kSize) {
+        const auto sum = Block<float>::load(from + h);
+        Block<Table>{sum.first, sum.second}.template round_and_store<false>(to + h);
+      }
+    }
+    for (; h < width; ++h) to[h] = static_cast<Table>(from[h]);
   });
 }
 
