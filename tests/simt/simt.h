@@ -1,4 +1,5 @@
-// A machine that runs GPU kernels on the CPU, one instruction stream per thread, strictly.
+// A machine that runs GPU kernels on the CPU, one instruction stream per thread, strictly. The
+// words are CUDA's; cuda/ and metal/ are its faces.
 //
 // A grid's blocks run one after the other, a block's threads as fibers of one OS thread, each until
 // it waits for others. Which block and which thread comes next is shuffled by a seed, so that what
@@ -6,14 +7,12 @@
 // and linked with this engine in place of that sanitizer's runtime: every load and store calls in
 // here, from unmodified sources. A launch fails, with a message, on
 //
-//   - an access outside the tensors of the op, the block's shared memory and the thread's own
-//   stack, a
-//     write to a tensor that was taken as const, an access that is not aligned to its size;
+//   - an access outside the op's tensors, the block's shared memory and the thread's own stack, a
+//     write to a tensor that was taken as const, an access not aligned to its size;
 //   - a race: two threads, at least one writing, not both atomically, with no barrier between them
 //     (of the block, or of the warp within one), or in two blocks of one launch;
-//   - a barrier or a warp operation that some of the threads never reach, lanes that disagree on
-//   the
-//     mask, a lane that is not in its own mask, a shuffle from a lane that isn't;
+//   - a barrier or a warp operation that some threads never reach, lanes that disagree on the mask,
+//     a lane that is not in its own mask, a shuffle from a lane that isn't;
 //   - more shared memory than was asked for, a device-side assertion.
 //
 // Shared memory is filled with 0xff (NaN, -1) before each block.

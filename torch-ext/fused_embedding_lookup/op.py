@@ -38,7 +38,8 @@ def fused_embedding_lookup(
         ``[..., H]``, of dtype ``torch.promote_types(table.dtype, residual.dtype)``.
 
     Raises:
-        IndexError: An id is not less than P (CPU; a device-side assertion on CUDA).
+        IndexError: An id is not less than P (CPU; a device-side assertion on CUDA; on MPS the
+            token's row is NaN, unless it is padding).
         ValueError: An argument has a shape, dtype, device or stride that the op does not take.
     """
     return ops.forward(position_ids, table, padding, residual, padding_id)
