@@ -32,7 +32,7 @@ FAST = "--peers eager torch.compile embedding_bag"  # one-hot takes seconds
 MEMORY = "--dtype bf16 --direction forward --peers eager one-hot --rounds 2"
 # What the README shows.
 SUITE = [
-    f"--dtype fp32 --dtype bf16 --dtype fp16 {FAST}",
+    f"--dtype fp32 --dtype bf16 --dtype fp16 {FAST} --rounds 60",
     f"--dtype fp32 --dtype bf16 {FAST} --ids random",
     f"--dtype fp32 --dtype bf16 {FAST} --ids single",
     f"--dtype bf16 {FAST} --hidden 1152",

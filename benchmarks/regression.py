@@ -5,8 +5,8 @@
 
 Two things are compared. Times, as ratios to eager and to a plain copy of as many bytes in the same rounds:
 noisy, so the baseline is the median of several processes, what is let through is twice as far above it as
-the worst of them was, and never less than 25%, and the better of two processes is what is compared: being
-slower shows in both. They are compared on the machine of the baseline only.
+the worst of them was, and never less than 25%, and what is above that is measured again: being slower shows in
+each of five processes. They are compared on the machine of the baseline only.
 And instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512): steady to a
 hundredth of a percent, but another compiler makes other ones, so they are compared with the baseline's
 compiler only.
@@ -29,6 +29,7 @@ from tqdm import tqdm
 BASELINE = measure.RESULTS / "baseline.json"
 ROUNDS = 15
 PROCESSES = 8  # for the baseline
+ATTEMPTS = 5
 DTYPES = ("fp32", "bf16", "fp16")
 MIN_THRESHOLD = 0.25
 INSTRUCTIONS_THRESHOLD = 0.02
@@ -62,25 +63,27 @@ def main():
     else:
         print(f"instructions: not compared, the baseline's are of {baseline['compiler']}")
     if baseline["machine"] == measure.machine(kernel):
-        first, second = in_processes(2)
-        measured |= {name: min(value, second[name]) for name, value in first.items()}
+        measured |= best_ratios(baseline["rows"])
     else:
         print(f"times: not compared, the baseline's are of {baseline['machine']}")
     failed = 0
     for name, value in measured.items():
         row = baseline["rows"][name]
-        limit = row["baseline"] * (1 + row["threshold"])
-        verdict = "ok" if value <= limit else "FAILED"
-        failed += value > limit
+        verdict = "ok" if value <= limit(row) else "FAILED"
+        failed += verdict == "FAILED"
         print(
             f"{verdict:6} {name}: {value:,.4g}, baseline {row['baseline']:,.4g} "
-            f"+ {row['threshold']:.0%} = {limit:,.4g}"
+            f"+ {row['threshold']:.0%} = {limit(row):,.4g}"
         )
     if failed:
         sys.exit(
             f"error: {failed} of {len(measured)} are above what the baseline allows. If that is meant, "
             "or the noise of a busy machine, see `make gate ARGS=--write`."
         )
+
+
+def limit(row):
+    return row["baseline"] * (1 + row["threshold"])
 
 
 def write(kernel):
@@ -111,6 +114,17 @@ def compiler():
 
 
 # ----- times --------------------------------------------------------------------------------------
+
+
+def best_ratios(rows):
+    """The best of as many processes as it takes for all ratios to be let through, up to ATTEMPTS."""
+    best = {}
+    for _ in range(ATTEMPTS):
+        (ratios,) = in_processes(1)
+        best = {name: min(value, best.get(name, value)) for name, value in ratios.items()}
+        if all(value <= limit(rows[name]) for name, value in best.items()):
+            break
+    return best
 
 
 def in_processes(count):
