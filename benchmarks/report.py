@@ -156,6 +156,15 @@ def origin(row):
     }
 
 
+def main_origin(rows):
+    row = find(rows, "cpu", CPU, "forward", "fp32", "eager")
+    machine, from_row = row["machine"], origin(row)
+    return (
+        f"{from_row['machine']}, {machine['instructions']}, torch {machine['torch']}, {from_row['date']}, "
+        f"commit {from_row['commit']}, {row['rounds']} rounds:\n\n"
+    )
+
+
 def main_rows(rows):
     for row in op_rows(row for row in rows if row["shape"] == CPU):
         del row["again"]
@@ -438,9 +447,9 @@ def plot_scaling(rows, theme):
             ends.append((name, sizes[-1], times[-1], name))
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xticks([1, 100, 10_000, 1_000_000], ["1", "100", "10,000", "1,000,000"])
         axis.minorticks_off()
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.set_xlabel("tokens, 768 wide, bfloat16")
         axis.set_title(f"{direction.capitalize()}: milliseconds")
         label_ends(axis, ends, theme)
@@ -508,6 +517,7 @@ def generated():
         "call": call_rows(rows),
     }
     sections = {name: markdown(taken) for name, taken in sections.items()}
+    sections["main"] = main_origin(op) + sections["main"]
     for page in PAGES:
         available = sections | {f"plot {name}": picture(name, page) for name in PLOTS}
 
