@@ -109,7 +109,10 @@ BROKEN = {
         SHADERS, "  device const Table* rows[kMaxAxes];", "  const Table* rows[kMaxAxes];", "from incompatible type|changes address space",
     ),
     "Metal: a parameter lacks its address space": (
-        SHADERS, "device const Grad* grad [[", "const Grad* grad [[", "`grad` has no address space",
+        SHADERS, "device const Grad* grad [[", "const Grad* grad [[", "`const Grad\\* grad .* has no address space",
+    ),
+    "Metal: a function's parameter lacks its address space": (
+        SHADERS, "thread float (&values)[N]", "float (&values)[N]", "load_vector: `float .&values..N.` has no address space",
     ),
     "Metal: arguments are written": (
         SHADERS, "  const uint axis = static_cast<uint>(table_row", "  lookup.hidden = 8;\n  const uint axis = static_cast<uint>(table_row", "no viable|not assignable|const-qualified",

@@ -5,7 +5,9 @@
 C++ has no attributes like `[[buffer(0)]]`: a Metal compiler keeps them beside the code, as what binds
 a shader's parameters. So they are taken out here, after the preprocessor, and made into a table of
 the shaders under their host names, each with a call that asks for every argument where its
-attribute says. The rest of the source is passed on as it is.
+attribute says. The rest of the source is passed on as it is, if it has what a C++ compiler would not
+miss: an address space for each pointer and reference among the parameters of functions, and for each
+constant outside of them.
 """
 
 import re
@@ -25,7 +27,10 @@ BUILTINS = {
 KERNEL = re.compile(
     r"(template\s*<[^>]*>\s*)?\[\[kernel\]\]\s*void\s+(\w+)\s*\((.*?)\)\s*\{", re.DOTALL
 )
-PARAMETER = re.compile(r"(.+?)(\w+)\s*\[\[\s*(\w+)\s*(?:\((.*)\))?\s*\]\]", re.DOTALL)
+# At the start of a line, where no statement is.
+FUNCTION = re.compile(r"^(?! )[^;{}#]*?\b(\w+)\(((?:[^()]|\([^()]*\))*)\)\s*\{", re.MULTILINE)
+ADDRESS_SPACE = r"\b(device|constant|threadgroup|thread)\b"
+PARAMETER = re.compile(r"(.+?)\w+\s*\[\[\s*(\w+)\s*(?:\((.*)\))?\s*\]\]", re.DOTALL)
 INSTANTIATION = re.compile(
     r"template\s*\[\[host_name\(([^)]*)\)\]\]\s*\[\[kernel\]\]\s*decltype\((\w+<[^>]*>)\)\s*(\w+<[^>]*>);"
 )
@@ -51,6 +56,10 @@ def main():
         functions["".join(re.findall(r'"(.*?)"', literals))] = function
     if text.count("[[host_name") != len(instantiations):
         sys.exit("error: there is an instantiation that isn't understood")
+    for function, parameters in FUNCTION.findall(text):
+        for parameter in re.split(r",(?![^<]*>)", parameters):
+            if re.search("[&*]", parameter) and not re.search(ADDRESS_SPACE, parameter):
+                sys.exit(f"error: {function}: `{parameter.strip()}` has no address space")
     for constant in re.findall(
         r"^(?:(?:static|inline|const|constexpr) )+[^(]*?=", text, re.MULTILINE
     ):
@@ -80,12 +89,10 @@ def parse(kernel, text):
         match = PARAMETER.fullmatch(parameter.strip())
         if match is None:
             sys.exit(f"error: {kernel}: the parameter `{parameter.strip()}` has no attribute")
-        kind, name, attribute, index = match.groups()
+        kind, attribute, index = match.groups()
         if attribute in BUILTINS:
             arguments.append(BUILTINS[attribute])
             continue
-        if not re.search(r"\b(device|constant|threadgroup)\b", kind):
-            sys.exit(f"error: {kernel}: `{name}` has no address space")
         if attribute == "buffer":
             buffers.append(index)
             form = "reference" if "&" in kind else "pointer"
