@@ -166,14 +166,14 @@ def main_origin(rows):
 
 
 def main_rows(rows):
-    for row in op_rows(row for row in rows if row["shape"] == CPU):
+    for row in op_rows("cpu", [row for row in rows if row["shape"] == CPU]):
         del row["again"]
         yield row
 
 
-def op_rows(rows):
+def op_rows(device, rows):
     for row in rows:
-        if "cpu" not in row["machine"] or "torch.compile" not in row["ratio"]:
+        if device not in row["machine"] or "torch.compile" not in row["ratio"]:
             continue  # taken for its memory
         times = row["median_ms"]
         yield {
@@ -186,7 +186,10 @@ def op_rows(rows):
             "must move": f"{row['bytes'] / 1e6:.0f} MB",
             "ours, GB/s": f"{row['bytes'] / times['ours'] / 1e6:.0f}",
             "of a copy's bandwidth": interval_text("copy", row["ratio"]["copy"]),
-            "peak memory": f"{row['peak_bytes']['ours'] / 2**20:.0f} MiB",
+            "peak memory, eager's": " MiB, ".join(
+                f"{row['peak_bytes'][peer] / 2**20:,.0f}" for peer in ("ours", "eager")
+            )
+            + " MiB",
             "again": f"`{row['command']}`",
         }
 
@@ -511,7 +514,8 @@ def generated():
     sections = {
         "targets": target_rows(op),
         "main": main_rows(op),
-        "cpu": op_rows(op),
+        "cpu": op_rows("cpu", op),
+        "gpu": op_rows("gpu", op),
         "step": step_rows(rows),
         "sweeps": sweep_rows(rows),
         "call": call_rows(rows),

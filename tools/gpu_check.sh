@@ -27,7 +27,7 @@ step "tests" "$python" -m pytest -q -p no:cacheprovider -k "cuda and not simt" t
   tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cuda.py
 
 # A part of the tests: every kernel, with vectors and without. The tools make them slow.
-few="cuda and (every_length or no_tokens or special_values or many_token_dimensions or one_hot)"
+few="cuda and not simt and (every_length or no_tokens or special_values or many_token_dimensions or one_hot)"
 for tool in memcheck racecheck initcheck synccheck; do
   step "compute-sanitizer $tool" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "$python" -m pytest -q -p no:cacheprovider -k "$few" tests/test_op.py
