@@ -7,8 +7,7 @@ Two things are compared. Times, as ratios to eager and to a plain copy of as man
 noisy, so the baseline is the median of several processes, what is let through is twice as far above it as
 the worst of them was, and never less than 50%, and what is above that is measured again: being slower shows in
 each of five processes. They are compared on the machine of the baseline only.
-And instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512): steady to a
-hundredth of a percent, but another compiler makes other ones and another CPU has another memset, so they are
+And instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512): steady to 0.05%, but another compiler makes other ones and another CPU has another memset, so they are
 compared with the baseline's compiler and on its machine only.
 """
 

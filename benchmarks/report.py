@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("svg")
 
 import measure
+import scaling
 from matplotlib import pyplot
 from tabulate import tabulate
 
@@ -215,15 +216,13 @@ def microseconds(value):
 
 def sweep_rows(rows):
     """The ends of each sweep, and for N where the cost of a call is no longer all there is."""
-    axes = {"N": "patches", "B": "batch", "H": "hidden", "P": "rows", "K": "axes"}
     sweeps = {}
     for row in rows:
         if "sweep" in row and "direction" in row:
             sweeps.setdefault((row["sweep"], row["direction"]), []).append(row)
     for (sweep, direction), taken in sweeps.items():
-        axis = axes[sweep[0]]
+        axis = scaling.AXES[sweep[0]]
         ours = [row["median_us"]["ours"] for row in taken]
-        doubled = [row["shape"][axis] for row, t in zip(taken, ours) if t >= 2 * ours[0]]
         yield {
             "": f"{direction}, {sweep}",
             "from, to": f"{taken[0]['shape'][axis]:,}, {taken[-1]['shape'][axis]:,}",
@@ -232,7 +231,7 @@ def sweep_rows(rows):
             "vs eager": ", ".join(
                 interval_text("eager", taken[i]["ratio"]["eager"]) for i in (0, -1)
             ),
-            "first to take twice the least": f"{doubled[0]:,}" if doubled else "none",
+            "first to take twice the least": scaling.doubled(axis, taken),
             "again": f"`{taken[0]['command']}`",
         }
 
@@ -310,8 +309,15 @@ def svg(drawing):
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def label_ends(axis, ends, theme):
-    """Writes the name of each line at its end, moved apart where they would touch."""
+def finish(axis, sizes, x_label, title, ends, theme):
+    """Logarithmic axes, and the name of each line at its end, moved apart where they would touch."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.set_xlabel(x_label)
+    axis.set_title(title)
     bottom, top = axis.transData.inverted().transform(axis.transAxes.transform([(0, 0), (0, 1)]))[
         :, 1
     ]
@@ -358,14 +364,7 @@ def plot_time(rows, theme):
             )
             label = "a copy of the bytes" if name == "copy" else name
             ends.append((name, sizes[-1], times[-1], label))
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axis.minorticks_off()
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("patches of one image")
-        axis.set_title(f"Forward, {title}: milliseconds")
-        label_ends(axis, ends, theme)
+        finish(axis, sizes, "patches of one image", f"Forward, {title}: milliseconds", ends, theme)
     return svg(drawing)
 
 
@@ -424,14 +423,14 @@ def plot_memory(rows, theme):
     style = {"color": color("one-hot", theme), "linestyle": "--", "linewidth": 1.3}
     axis.plot((last, TRAINING_BATCH), computed, marker="o", markerfacecolor="none", **style)
     ends[0] = ("one-hot", TRAINING_BATCH, computed[-1], "one-hot, computed:\nthe one-hot alone")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks([*found, TRAINING_BATCH], [str(batch) for batch in [*found, TRAINING_BATCH]])
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.set_xlabel("images of 2520 patches, 768 wide, bfloat16")
-    axis.set_title("Peak memory of the forward beyond its inputs: MiB")
-    label_ends(axis, ends, theme)
+    finish(
+        axis,
+        [*found, TRAINING_BATCH],
+        "images of 2520 patches, 768 wide, bfloat16",
+        "Peak memory of the forward beyond its inputs: MiB",
+        ends,
+        theme,
+    )
     return svg(drawing)
 
 
@@ -448,14 +447,14 @@ def plot_scaling(rows, theme):
                 sizes, times, color=color(name, theme), linewidth=2.5 if name == "ours" else 1.3
             )
             ends.append((name, sizes[-1], times[-1], name))
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xticks([1, 100, 10_000, 1_000_000], ["1", "100", "10,000", "1,000,000"])
-        axis.minorticks_off()
-        axis.yaxis.set_major_formatter("{x:,g}")
-        axis.set_xlabel("tokens, 768 wide, bfloat16")
-        axis.set_title(f"{direction.capitalize()}: milliseconds")
-        label_ends(axis, ends, theme)
+        finish(
+            axis,
+            [1, 100, 10_000, 1_000_000],
+            "tokens, 768 wide, bfloat16",
+            f"{direction.capitalize()}: milliseconds",
+            ends,
+            theme,
+        )
     return svg(drawing)
 
 

@@ -28,6 +28,7 @@ SWEEPS = {
     "P": [BASE | {"rows": p} for p in (128, 1024, 10240, 65_536, 262_144)],
     "K": [BASE | {"axes": k} for k in (1, 2, 3, 4)],
 }
+AXES = {"N": "patches", "B": "batch", "H": "hidden", "P": "rows", "K": "axes"}  # a sweep's size
 ROUNDS = 15
 CALLS = 1000  # between two looks at the clock, for the breakdown
 
@@ -84,8 +85,15 @@ def measure_shape(kernel, shape):
         yield {"direction": direction, **measure.summary(times, "us")}
 
 
+def doubled(axis, rows):
+    """The first size that takes us twice as long as the smallest one does."""
+    least = rows[0]["median_us"]["ours"]
+    sizes = [row["shape"][axis] for row in rows if row["median_us"]["ours"] >= 2 * least]
+    return f"{sizes[0]:,}" if sizes else "none here"
+
+
 def print_sweep(sweep, rows):
-    axis = {"N": "patches", "B": "batch", "H": "hidden", "P": "rows", "K": "axes"}[sweep[0]]
+    axis = AXES[sweep[0]]
     for direction in ("forward", "backward"):
         of_direction = [row for row in rows if row["direction"] == direction]
         table = [
@@ -100,10 +108,7 @@ def print_sweep(sweep, rows):
         print(f"{direction}, bf16, the rest as in B=1 N=2520 H=768 P=10240 K=2")
         print(tabulate(table, headers="keys", tablefmt="simple_outline"))
         if axis == "patches":
-            least = of_direction[0]["median_us"]["ours"]
-            twice = [row for row in of_direction if row["median_us"]["ours"] >= 2 * least]
-            size = f"{twice[0]['shape']['patches']:,}" if twice else "no size here"
-            print(f"Twice the time of one token is reached at N = {size}.\n")
+            print(f"Twice the time of one token is reached at N = {doubled(axis, of_direction)}.\n")
 
 
 def host_breakdown(kernel):

@@ -66,6 +66,7 @@ def test_bad_argument(variant, kernel, argument, value, message):
         kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
 
 
+API = {"cuda": "CUDA", "metal": "MPS"}
 TOO_LARGE = [4, 5, 2**31 - 1, 2**62]
 
 
@@ -182,20 +183,32 @@ def test_too_many_tokens(variant, kernel):
     """More than 32 bits count. Expanded tensors, and a result of which no page is touched."""
     ids = torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1)
     table = torch.zeros(1, 1, 1, dtype=torch.float16)
-    device = {"cuda": "CUDA", "metal": "MPS"}[variant.sources]
-    message = f"position_ids must have at most 2147483647 tokens on {device}, got 2147483648"
+    message = f"must have at most 2147483647 tokens on {API[variant.sources]}, got 2147483648"
     with pytest.raises(ValueError, match=message):
         kernel.fused_embedding_lookup(ids, table)
     with pytest.raises(ValueError, match=message):
         kernel.op.ops.backward(table[0].expand(2**31, 1), ids, None, None, 1, torch.float16)
 
 
-@pytest.mark.variant("cuda-simt", "cuda")
-def test_too_large_a_table_for_the_backward(kernel):
+@pytest.mark.variant("cuda-simt", "metal-simt", "cuda")
+def test_too_large_a_table_for_the_backward(variant, kernel):
     grad, ids = torch.zeros(1, 1, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int64)
-    message = re.escape("table of shape [1, 2147483648, 1] is too large for the backward on CUDA")
-    with pytest.raises(ValueError, match=message):
+    message = (
+        f"table of shape [1, 2147483648, 1] is too large for the backward on {API[variant.sources]}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
         kernel.op.ops.backward(grad, ids, None, None, 2**31, torch.float16)
+
+
+@pytest.mark.variant("metal-simt")
+def test_too_many_columns(kernel):
+    """In memory of which no page is touched."""
+    ids, table = torch.zeros(1, 1, dtype=torch.int64), torch.empty(1, 1, 2**31, dtype=torch.float16)
+    message = "table must have at most 2147483647 columns on MPS, got 2147483648"
+    with pytest.raises(ValueError, match=message):
+        kernel.fused_embedding_lookup(ids, table)
+    with pytest.raises(ValueError, match=message):
+        kernel.op.ops.backward(table[0], ids, None, None, 1, torch.float16)
 
 
 def test_padding_id_may_be_out_of_range(kernel):

@@ -49,13 +49,36 @@ def test_eight_threads_at_once(kernel):
             check(results, expected)
 
 
-def test_no_object_is_left_behind(kernel, emulator):
+def run(script, **environment):
+    """In a process that has made no pipelines yet."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT / "tests",
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_no_object_is_left_behind():
     """But the pipelines, which are made once."""
-    step(kernel, 0)
-    live = emulator.metal_live_objects()
-    for seed in range(5):
-        step(kernel, seed)
-    assert emulator.metal_live_objects() == live
+    result = run("""
+import ctypes
+import torch
+import conftest
+kernel = conftest.VARIANTS["metal-simt"].load()
+(extension,) = (conftest.SIMT_BUILDS / "metal").glob("*/*.abi3.so")
+emulator = ctypes.CDLL(extension)
+def step(dtype):
+    table = torch.ones(1, 4, 8, dtype=dtype, requires_grad=True)
+    kernel.fused_embedding_lookup(torch.zeros(3, 1, dtype=torch.int64), table).sum().backward()
+    return emulator.metal_live_objects()
+live = step(torch.float32)
+assert step(torch.float32) == live
+assert step(torch.float16) == live + 2  # the pipelines of its forward and its sums
+""")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("threads", [32, 224, 1000])
@@ -85,14 +108,7 @@ def test_a_pipeline_that_cannot_be_made_is_named():
         "ids, table = torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8, dtype=torch.bfloat16)\n"
         "kernel.fused_embedding_lookup(ids, table)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tests",
-        env=os.environ | {"METAL_EMULATOR_NO_PIPELINES": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run(script, METAL_EMULATOR_NO_PIPELINES="1")
     assert (
         "RuntimeError: fused_embedding_lookup: no pipeline for the Metal function "
         "lookup_forward_bfloat_bfloat_4: the emulator was told to fail"

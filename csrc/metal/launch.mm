@@ -59,7 +59,6 @@ class Encoder {
   uint32_t use(const std::string& name, uint32_t wanted) {
     id<MTLComputePipelineState> state = pipeline(device_, name);
     [encoder_ setComputePipelineState:state];
-    name_ = name;
     const auto most = static_cast<uint32_t>(state.maxTotalThreadsPerThreadgroup);
     return std::min(wanted, most / metal::kSimdWidth * metal::kSimdWidth);
   }
@@ -82,9 +81,6 @@ class Encoder {
     [encoder_ setThreadgroupMemoryLength:bytes atIndex:0];
   }
   void dispatch(int64_t threadgroups, uint32_t threads) {
-    check(threadgroups <= std::numeric_limits<uint32_t>::max(),
-          "the arguments are too large for MPS: ", name_, " would take ", threadgroups,
-          " threadgroups");
     [encoder_ dispatchThreadgroups:MTLSizeMake(threadgroups, 1, 1)
              threadsPerThreadgroup:MTLSizeMake(threads, 1, 1)];
   }
@@ -99,7 +95,6 @@ class Encoder {
 
   id<MTLDevice> device_;
   id<MTLComputeCommandEncoder> encoder_;
-  std::string name_;
 };
 
 // Calls encode(encoder) where the stream may be used. dispatch_sync lets no exception through.
@@ -162,7 +157,7 @@ metal::Lookup shader_lookup(const Lookup& lookup) {
   static_assert(kMaxAxes == metal::kMaxAxes && kMaxTokenDims == metal::kMaxTokenDims);
   check(lookup.num_tokens <= kMaxCount, "position_ids must have at most ", kMaxCount,
         " tokens on MPS, got ", lookup.num_tokens);
-  check(lookup.hidden <= kMaxCount, "H must be at most ", kMaxCount, " on MPS, got ",
+  check(lookup.hidden <= kMaxCount, "table must have at most ", kMaxCount, " columns on MPS, got ",
         lookup.hidden);
   result.num_tokens = static_cast<uint32_t>(lookup.num_tokens);
   result.num_token_dims = lookup.num_token_dims;
@@ -224,6 +219,8 @@ void launch_backward(const Backward& params, const BackwardTensors& tensors) {
   const metal::Lookup shader_params = shader_lookup(lookup);
   const int64_t num_tiles = divide_up(lookup.num_tokens, metal::kTile);
   const int64_t table_rows = lookup.num_axes * lookup.num_rows;
+  check(table_rows <= kMaxCount, "table of shape [", lookup.num_axes, ", ", lookup.num_rows, ", ",
+        lookup.hidden, "] is too large for the backward on MPS");
   if (num_tiles == 0) {
     Tensor grad_table = tensors.grad_table;
     torch::stable::zero_(grad_table);

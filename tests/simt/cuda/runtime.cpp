@@ -1,6 +1,5 @@
 // What the CUDA variant finds outside of its own sources when it runs on the engine: the CUDA
-// runtime, the parts of torch that only a CUDA build has, and an ear on the tensors whose memory it
-// takes.
+// runtime, and the parts of torch that only a CUDA build has.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -26,16 +25,13 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 
 extern "C" {
 
+// The linker sends the extension's calls here (-Wl,--wrap).
 void __real___assert_fail(const char*, const char*, unsigned, const char*);
 void __wrap___assert_fail(const char* expression, const char* file, unsigned line,
                           const char* function) {
   if (simt::in_kernel()) simt::fail("device-side assert triggered: %s", expression);
   __real___assert_fail(expression, file, line, function);
 }
-
-}  // extern "C"
-
-extern "C" {
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
