@@ -1,14 +1,14 @@
-"""Whether the kernel has become slower than the committed baseline.
+"""Whether the kernel has become slower.
 
     make gate
-    make gate ARGS=--write    # measure the baseline anew, 5 minutes; best with nothing else running
+    make gate ARGS=--write    # count anew what the committed instructions are compared with
 
-Two things are compared. Times, as ratios to eager and to a plain copy of as many bytes in the same rounds:
-noisy, so the baseline is the median of several processes, what is let through is twice as far above it as
-the worst of them was, and never less than 50%, and what is above that is measured again: being slower shows in
-each of five processes. They are compared on the machine of the baseline only.
-And instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512): steady to 0.05%, but another compiler makes other ones and another CPU has another memset, so they are
-compared with the baseline's compiler and on its machine only.
+Two things are looked at. Instructions, by callgrind, of one thread in the AVX2 kernels (valgrind has no AVX-512):
+steady to 0.05%, so 2% more than the committed count fails. Another compiler makes other ones, and another CPU has
+another memset: they are compared with the same compiler and on the same CPU only, and it says so elsewhere.
+And times, as ratios to eager's in the same rounds, on any machine. These are noisy, also from machine to machine:
+the least that is let through, LEAST, is far below what is measured, and the best of five processes counts. So CI
+sees a kernel that is broken for speed, or has more instructions. It doesn't see one that waits longer.
 """
 
 import argparse
@@ -23,22 +23,20 @@ from pathlib import Path
 
 import measure
 import torch
-from tqdm import tqdm
 
 BASELINE = measure.RESULTS / "baseline.json"
 ROUNDS = 15
-PROCESSES = 8  # for the baseline
 ATTEMPTS = 5
 DTYPES = ("fp32", "bf16", "fp16")
-MIN_THRESHOLD = 0.5
-INSTRUCTIONS_THRESHOLD = 0.02
+MORE_INSTRUCTIONS = 1.02
+LEAST = 2  # times as fast as eager; 7 to 18 were measured
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write the baseline")
+    parser.add_argument("--write", action="store_true", help="write the committed counts")
     # What this script calls itself with.
     parser.add_argument("--ratios", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--launches", action="store_true", help=argparse.SUPPRESS)
@@ -55,57 +53,48 @@ def main():
     if not BASELINE.exists():
         sys.exit(f"error: there is no {BASELINE}; `make gate ARGS=--write` measures it")
 
-    baseline = json.loads(BASELINE.read_text())
-    measured = {}
-    machine = measure.machine(kernel)
-    if baseline["machine"] != machine:
-        print(f"nothing is compared: the baseline is of {baseline['machine']}, this is {machine}")
-    else:
-        if baseline["compiler"] == compiler():
-            measured |= instructions()
-        else:
-            print(f"instructions: not compared, the baseline's are of {baseline['compiler']}")
-        measured |= best_ratios(baseline["rows"])
-    failed = 0
-    for name, value in measured.items():
-        row = baseline["rows"][name]
-        verdict = "ok" if value <= limit(row) else "FAILED"
-        failed += verdict == "FAILED"
-        print(
-            f"{verdict:6} {name}: {value:,.4g}, baseline {row['baseline']:,.4g} "
-            f"+ {row['threshold']:.0%} = {limit(row):,.4g}"
-        )
+    failed = compare_times() + compare_instructions(kernel)
     if failed:
-        sys.exit(
-            f"error: {failed} of {len(measured)} are above what the baseline allows. If that is meant, "
-            "or the noise of a busy machine, see `make gate ARGS=--write`."
-        )
+        sys.exit(f"error: slower than is let through: {', '.join(failed)}")
 
 
-def limit(row):
-    return row["baseline"] * (1 + row["threshold"])
+def report(name, passed, text):
+    """Prints a verdict. Returns the names of what failed."""
+    print(f"{'ok' if passed else 'FAILED':6} {name}: {text}")
+    return [] if passed else [name]
+
+
+def compare_times():
+    best = {}
+    for _ in range(ATTEMPTS):
+        command = [sys.executable, __file__, "--ratios"]
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        ratios = json.loads(run.stdout)
+        best = {name: max(ratio, best.get(name, 0)) for name, ratio in ratios.items()}
+        if all(ratio >= LEAST for ratio in best.values()):
+            break
+    failed = []
+    for name, ratio in best.items():
+        failed += report(name, ratio >= LEAST, f"{ratio:.3g} times as fast as eager, at least {LEAST}")
+    return failed
+
+
+def compare_instructions(kernel):
+    baseline = json.loads(BASELINE.read_text())
+    for what, here in (("machine", measure.machine(kernel)), ("compiler", compiler())):
+        if baseline[what] != here:
+            print(f"instructions: not compared, counted with {what} {baseline[what]}, this is {here}")
+            return []
+    failed = []
+    for name, count in instructions().items():
+        most = baseline["instructions"][name] * MORE_INSTRUCTIONS
+        failed += report(f"{name}, instructions", count <= most, f"{count:,}, at most {most:,.0f}")
+    return failed
 
 
 def write(kernel):
-    rows = {}
-    runs = in_processes(PROCESSES)
-    for name in runs[0]:
-        values = sorted(run[name] for run in runs)
-        median = values[len(values) // 2]
-        rows[name] = {
-            "baseline": median,
-            "spread": [values[0], values[-1]],
-            "threshold": round(max(MIN_THRESHOLD, 2 * (values[-1] / median - 1)), 3),
-        }
-    first, second = instructions(), instructions()
-    for name, count in first.items():
-        rows[name] = {
-            "baseline": count,
-            "spread": sorted([count, second[name]]),
-            "threshold": INSTRUCTIONS_THRESHOLD,
-        }
-    report = measure.origin(kernel, "make gate ARGS=--write")
-    measure.write(BASELINE, report | {"compiler": compiler(), "processes": PROCESSES, "rows": rows})
+    rows = measure.origin(kernel, "make gate ARGS=--write") | {"compiler": compiler()}
+    measure.write(BASELINE, rows | {"instructions": instructions()})
 
 
 def compiler():
@@ -116,39 +105,14 @@ def compiler():
 # ----- times --------------------------------------------------------------------------------------
 
 
-def best_ratios(rows):
-    """The best of as many processes as it takes for all ratios to be let through, up to ATTEMPTS."""
-    best = {}
-    for _ in range(ATTEMPTS):
-        (ratios,) = in_processes(1)
-        best = {name: min(value, best.get(name, value)) for name, value in ratios.items()}
-        if all(value <= limit(rows[name]) for name, value in best.items()):
-            break
-    return best
-
-
-def in_processes(count):
-    """The ratios that `count` processes measure, one after the other."""
-    command = [sys.executable, __file__, "--ratios"]
-    return [
-        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        for _ in tqdm(range(count), desc="processes", unit="process")
-    ]
-
-
 def ratios(kernel):
-    """The median ratio of our time to each peer's, for issue 2's shape: B=8 N=2520 H=768 P=10240."""
+    """How many times as fast as eager, by the median: B=8 N=2520 H=768 P=10240."""
     result = {}
     position_ids, padding = measure.images(8, 2520)
     for name in DTYPES[:2]:
-        dtype = measure.DTYPES[name]
-        table = torch.randn(2, 10240, 768, dtype=dtype, requires_grad=True)
-        residual = torch.randn(8, 2520, 768, dtype=dtype, requires_grad=True)
+        table = torch.randn(2, 10240, 768, dtype=measure.DTYPES[name], requires_grad=True)
+        residual = torch.randn(8, 2520, 768, dtype=table.dtype, requires_grad=True)
         grad = torch.randn_like(residual)
-        # What forward and backward move, but for the ids.
-        source = torch.ones_like(residual.detach())
-        target = torch.empty_like(source)
-        peers = {"ours": measure.fused(kernel), "eager": measure.eager}
 
         def forward(peer):
             with torch.no_grad():
@@ -159,13 +123,12 @@ def ratios(kernel):
             inputs = (table, residual)  # noqa: B023
             return measure.timed(lambda: torch.autograd.grad(out, inputs, grad))  # noqa: B023
 
-        for direction, run in {"forward": forward, "backward": backward}.items():
+        for run in (forward, backward):
+            label = f"{run.__name__} {name}"
+            peers = {"ours": measure.fused(kernel), "eager": measure.eager}
             measurements = {n: lambda peer=peer: run(peer) for n, peer in peers.items()}  # noqa: B023
-            measurements["copy"] = lambda: measure.timed(lambda: target.copy_(source))  # noqa: B023
-            label = f"{direction} {name}"
-            summary = measure.summary(measure.interleaved(measurements, ROUNDS, label))
-            for peer, (ratio, _, _) in summary["ratio"].items():
-                result[f"{label}, time of ours / {peer}"] = round(1 / ratio, 5)
+            times = measure.interleaved(measurements, ROUNDS, label)
+            result[label] = measure.summary(times)["ratio"]["eager"][0]
     return result
 
 
@@ -192,7 +155,7 @@ def instructions():
         counts = {}
         for number, (name, direction) in enumerate(cases(), start=1):
             dump = Path(folder, f"out.{number}").read_text()
-            counts[f"{direction} {name}, instructions"] = int(
+            counts[f"{direction} {name}"] = int(
                 re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1]
             )
     if not all(counts.values()):
