@@ -13,5 +13,7 @@
     kernel-builder.lib.genKernelFlakeOutputs {
       inherit self;
       path = ./.;
+      # What the tests marked kernels_ci import beside torch, kernels and pytest.
+      pythonCheckInputs = ps: [ ps.hypothesis ];
     };
 }

@@ -60,6 +60,7 @@ class LoopbackHub:
         self.faults = []
         self.requests = []  # "METHOD path", for tests to look at
         self.lock = threading.Lock()
+        self.barrier = None  # commits wait here for each other, once
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -272,13 +273,28 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self.reply_json({"files": answer})
         if action[0] == "commit":
-            new = dict(files)
-            for line in self.body.splitlines():
-                apply(json.loads(line), new, self.hub.lfs)
-            commit_id = repository.commit(action[1], new)
+            operations = [json.loads(line) for line in self.body.splitlines()]
+            commit_id = self.commit(repository, action[1], operations)
+            if commit_id is None:
+                return self.error(412, "A commit has happened since. Please refresh and try again.")
             url = f"{self.hub.url}/kernels/{repo_id}/commit/{commit_id}"
             return self.reply_json({"commitUrl": url, "commitOid": commit_id, "success": True})
         self.error(404, f"no such endpoint: {action[0]}")
+
+    def commit(self, repository, branch, operations):
+        """The new commit's id, or None if the branch isn't where the commit says it is."""
+        barrier = self.hub.barrier
+        if barrier is not None:
+            barrier.wait(timeout=60)
+            self.hub.barrier = None
+        with self.hub.lock:
+            parents = [o["value"].get("parentCommit") for o in operations if o["key"] == "header"]
+            if parents[0] not in (None, repository.branches[branch]):
+                return None
+            files = dict(repository.commits[repository.branches[branch]])
+            for operation in operations:
+                apply(operation, files, self.hub.lfs)
+            return repository.commit(branch, files)
 
 
 def oid(content):
@@ -305,7 +321,7 @@ def tree(files, folder, query):
 
 
 def apply(operation, files, lfs):
-    """Apply one line of a commit's ndjson to a dictionary of files."""
+    """Apply one line of a commit to a dictionary of files."""
     key, value = operation["key"], operation["value"]
     if key == "file":
         files[value["path"]] = base64.b64decode(value["content"])

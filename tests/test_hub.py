@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu, publish
 from loopback_hub import LoopbackHub
 
-pytestmark = pytest.mark.variant("cpu")
+pytestmark = [pytest.mark.variant("cpu"), pytest.mark.xdist_group("hub")]  # which is filled once
 
 LAYER = "Gemma4VisionPatchEmbedder"
 
@@ -36,7 +38,7 @@ pixels = torch.rand(2, 63, 768)
 def check_function(kernel):
     table, residual = torch.randn(2, 32, 48), torch.randn(2, 63, 48)
     out = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
-    assert torch.equal(out, reference.eager(ids, table, padding, residual))
+    assert torch.equal(out, reference.eager(ids, table, padding=padding, residual=residual))
 
 def is_ours(module):
     return module.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
@@ -96,24 +98,83 @@ def test_publish(published, variant_dir):
     readme = files(published, "main")["README.md"].decode()
     assert list(files(published, "main")) == ["README.md"]
     assert f'get_kernel("{REPO_ID}", version=1)' in readme
-    assert "- `fused_embedding_lookup`" in readme and f"- `{LAYER}Layout`" in readme
+    assert "- `fused_embedding_lookup`" in readme and f"- `{LAYER}`\n" in readme
+    assert "Layout" not in readme
     assert "{%" not in readme and "{{" not in readme
     v1 = files(published, "v1")
-    for path in variant_dir.iterdir():
+    # What is published is this checkout's build, whichever the other tests look at.
+    for path in (ROOT / "build" / variant_dir.name).iterdir():
         if path.is_file():
             assert v1[f"build/{variant_dir.name}/{path.name}"] == path.read_bytes()
-    assert v1["benchmarks/benchmark.py"] == (ROOT / "benchmarks" / "benchmark.py").read_bytes()
+    # As kernel-builder has it, and not what they measured.
+    benchmarks = {path.name for path in (ROOT / "benchmarks").glob("benchmark*.py")}
+    assert {path for path in v1 if not path.startswith("build/")} == {
+        f"benchmarks/{name}" for name in benchmarks
+    }
     assert not [path for path in v1 if "__pycache__" in path]
     assert "0 stale ones removed" in published.publish_output
 
 
-def test_publish_again_removes_what_is_stale(hub, tmp_path):
-    stale = {"build/torch-stable-abi29-cpu-x86_64-linux/op.py": b"", "benchmarks/old.py": b""}
-    kept = {"flake.lock": b"not ours to remove"}
-    hub.add_files(REPO_ID, stale | kept, branch="v1")
-    before = files(hub, "v1").keys() - stale.keys()
+def test_publish_removes_only_what_is_stale_in_its_own_variants(hub, tmp_path, variant_dir):
+    others = {
+        "build/torch211-metal-aarch64-darwin/op.py": b"somebody else's",
+        "build/torch211-metal-aarch64-darwin/metadata.json.sigstore": b"signed",
+        "benchmarks/benchmark_of_a_friend.py": b"",
+        "flake.lock": b"",
+    }
+    before = files(hub, "v1").keys() | others.keys()
+    stale = {f"build/{variant_dir.name}/old.abi3.so": b"", f"build/{variant_dir.name}/a/b.py": b""}
+    hub.add_files(REPO_ID, stale | others, branch="v1")
     assert "2 stale ones removed" in publish(hub, tmp_path)
     assert files(hub, "v1").keys() == before
+
+
+def checkout(folder, variant_dir, variant, extension=b"built"):
+    """What tools/publish.py needs of a checkout, with one variant built. Returns the folder."""
+    for name in ("build.toml", "CARD.md", "tools", "torch-ext", "benchmarks"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        folder.mkdir(exist_ok=True)
+        copy(ROOT / name, folder / name)
+    built = folder / "build" / variant
+    built.mkdir(parents=True)
+    shutil.copy(variant_dir / "metadata.json", built)
+    (built / f"{folder.name}.abi3.so").write_bytes(extension)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("abi210-cpu", "abi210-cu130"), ("abi210-cpu", "abi210-cpu")])
+def test_two_uploads_at_once(hub, tmp_path, variant_dir, names):
+    """The one that comes second is refused, and does it all again on what the first one left."""
+    names = [f"torch-stable-{name}-riscv64-linux" for name in names]
+    before = files(hub, "v1").keys()
+    checkouts = [
+        checkout(tmp_path / f"upload{i}", variant_dir, name, b"%d" % i)
+        for i, name in enumerate(names)
+    ]
+    hub.barrier = threading.Barrier(2)
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(lambda root: publish(hub, root / "home", root), checkouts))
+    assert sum("has moved" in output for output in outputs) == 1
+    new = files(hub, "v1").keys() - before
+    uploads = [
+        {f"build/{name}/metadata.json", f"build/{name}/upload{i}.abi3.so"}
+        for i, name in enumerate(names)
+    ]
+    if names[0] == names[1]:  # one of them, whole, and nothing of the other
+        assert new in uploads
+    else:
+        assert new == uploads[0] | uploads[1]
+
+
+@pytest.mark.parametrize("where", ["/preupload/v1", "/lfs/", "/commit/v1"])
+def test_upload_that_is_cut_short_changes_no_branch(hub, tmp_path, variant_dir, where):
+    """Neither the version's branch nor the card on main."""
+    hub.add_files(REPO_ID, {"README.md": b"before"}, branch="main")
+    before = dict(hub.repositories["kernel", REPO_ID].branches)
+    root = checkout(tmp_path / "upload", variant_dir, "torch-stable-abi210-cpu-riscv64-linux")
+    hub.fail(where, 403)
+    publish(hub, tmp_path / "home", root, fails=True)
+    assert hub.repositories["kernel", REPO_ID].branches == before
 
 
 def test_publish_without_a_build(tmp_path):
@@ -166,8 +227,9 @@ def test_from_pretrained_with_kernel_config(published, tmp_path):
         CHECKPOINT, use_kernels=True, kernel_config=config, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    assert type(loaded.patch_embedder).__name__ == LAYER + "Layout"
+    assert type(loaded.patch_embedder).__qualname__ == LAYER + "Layout"
     assert is_ours(loaded.patch_embedder)
+    assert type(loaded.patch_embedder).__name__ in loaded._no_split_modules
     for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters()):
         assert torch.equal(ours, theirs), name
     assert torch.equal(loaded.eval()(pixels, ids).last_hidden_state, expected)
@@ -195,10 +257,52 @@ def test_from_pretrained_with_kernel_config_unified(published, tmp_path):
         output_loading_info=True,
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    assert type(loaded.model.embed_vision).__name__ == layer + "Layout"
+    assert type(loaded.model.embed_vision).__qualname__ == layer + "Layout"
     assert is_ours(loaded.model.embed_vision)
     batch = tiny_models.prompt("unified-12b")
     assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
+    """
+    checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
+    run(published, tmp_path, checkpoint + textwrap.dedent(script))
+
+
+@needs_torch_for_cpu
+@pytest.mark.parametrize(
+    "name, layer, table, mean, std",
+    [
+        ("e2b", LAYER, "vision_tower.patch_embedder.position_embedding_table", 1, 0),
+        ("unified-12b", "Gemma4UnifiedVisionEmbedder", "embed_vision.pos_embedding", 0, 0.02),
+    ],
+)
+def test_a_table_that_the_checkpoint_lacks_starts_as_the_originals(
+    published, tmp_path, name, layer, table, mean, std
+):
+    """Gemma 4's as ones, Unified's as noise, and not as what was in memory."""
+    script = f"""
+    import tiny_models
+    from safetensors.torch import load_file, save_file
+    from transformers import KernelConfig
+    from transformers.utils import kernel_config
+
+    kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES.append("cpu")
+    model = tiny_models.build({name!r})
+    model.save_pretrained(CHECKPOINT)
+    file = CHECKPOINT + "/model.safetensors"
+    tensors = load_file(file)
+    (key,) = [key for key in tensors if key.endswith({table.rpartition(".")[2]!r})]
+    del tensors[key]
+    save_file(tensors, file, {{"format": "pt"}})
+    torch.use_deterministic_algorithms(True)  # what nobody fills is NaN
+    loaded, info = type(model).from_pretrained(
+        CHECKPOINT,
+        use_kernels=True,
+        kernel_config=KernelConfig({{{layer!r}: f"{{REPO}}:{layer}"}}),
+        output_loading_info=True,
+    )
+    assert set(info["missing_keys"]) == {{"model.{table}"}}, info
+    values = loaded.model.get_parameter({table!r})
+    assert abs(values.mean().item() - {mean}) <= 0.1 * {std}, values
+    assert abs(values.std().item() - {std}) <= 0.1 * {std}, values
     """
     checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
     run(published, tmp_path, checkpoint + textwrap.dedent(script))
@@ -248,7 +352,7 @@ def test_model_repository_whose_code_downloads_the_kernel(hub, tmp_path):
 
     model = AutoModel.from_pretrained("someone/patches", trust_remote_code=True)
     residual = torch.randn(2, 63, 48)
-    assert torch.equal(model(ids, residual), reference.eager(ids, model.table, None, residual))
+    assert torch.equal(model(ids, residual), reference.eager(ids, model.table, residual=residual))
     assert model.kernel.__name__.startswith("_fused_embedding_lookup_cpu_")
     """
     run(hub, tmp_path, script)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -47,11 +46,28 @@ def test_build_toml_lists_every_source_once_and_none_that_is_missing():
     assert len(compiled) == len(set(compiled))
 
 
-def test_flake_parses():
+@pytest.mark.check("flake.nix")
+def test_flake_lock_locks_every_input():
+    """Without a lock Nix writes one, and what is published says that it is from a dirty tree."""
     nix = shutil.which("nix-instantiate")
-    if nix is None and "CI" not in os.environ:
-        pytest.skip("nix-instantiate is not installed (Debian: apt-get install nix-bin)")
-    subprocess.run([nix, "--parse", ROOT / "flake.nix"], check=True, stdout=subprocess.DEVNULL)
+    if nix is None:
+        pytest.skip("needs nix-instantiate: apt-get install nix-bin")
+    expression = f"(import {ROOT / 'flake.nix'}).inputs"
+    command = [nix, "--eval", "--strict", "--json", "--expr", expression]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    urls = {name: value["url"] for name, value in json.loads(result.stdout).items()}
+    lock = json.loads((ROOT / "flake.lock").read_text())
+    nodes = dict(lock["nodes"])
+    inputs = nodes.pop(lock["root"])["inputs"]
+    originals = {name: nodes[node]["original"] for name, node in inputs.items()}
+    assert urls == {
+        name: "{type}:{owner}/{repo}".format(**original) for name, original in originals.items()
+    }
+    for name, node in nodes.items():
+        assert re.fullmatch("[0-9a-f]{40}", node["locked"]["rev"]), name
+        assert node["locked"]["narHash"].startswith("sha256-"), name
+        direct = [i for i in node.get("inputs", {}).values() if isinstance(i, str)]
+        assert set(direct) <= set(nodes), name  # the others follow one of these
 
 
 @PUBLISHED
@@ -71,20 +87,13 @@ def test_metadata(kernel, variant_dir, device):
     assert metadata.license == "Apache-2.0"
     assert str(metadata.backend.backend_type) == device.type
     metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant_dir))
-    keys = list(json.loads((variant_dir / "metadata.json").read_text()))
-    assert keys == sorted(
-        keys,
-        key=[
-            "name",
-            "id",
-            "version",
-            "license",
-            "python-depends",
-            "kernel-depends",
-            "backend",
-            "digest",
-        ].index,
-    )
+    kernel_source = metadata.provenance.kernel
+    revision = str(kernel_source.commit)[:7] + ("_dirty" if kernel_source.dirty else "")
+    assert metadata.id.endswith(f"_{revision}")
+    keys = set(json.loads((variant_dir / "metadata.json").read_text()))
+    depends = {"python-depends", "kernel-depends"}
+    described = {"name", "id", "version", "license", "source", "backend"}
+    assert keys == described | depends | {"digest", "provenance"}
 
 
 @PUBLISHED
@@ -93,7 +102,11 @@ def test_loaded_through_kernels(kernel):
     assert kernel in [loaded.module for loaded in get_loaded_kernels()]
     assert re.fullmatch(r"_fused_embedding_lookup_[a-z]+_[0-9a-f]{7}(_dirty)?", kernel.__name__)
     assert kernel.op.add_op_namespace_prefix("forward") == f"{kernel.__name__}::forward"
-    assert sorted(kernel.__all__) == ["fused_embedding_lookup", "layers"]
+    assert sorted(kernel.__all__) == [
+        "fused_embedding_lookup",
+        "layers",
+        "vision_interpolation_indices_and_weights",
+    ]
 
 
 PYTHON_FILES = sorted((ROOT / "torch-ext").rglob("*.py"))
@@ -124,6 +137,14 @@ def test_ops_are_registered_only_through_the_namespace_prefix():
                 assert isinstance(name, ast.Call) and name.func.id == "add_op_namespace_prefix"
 
 
+def test_layers_have_no_constructor():
+    """The published rule: a layer is a forward, and what it is swapped into has the rest."""
+    tree = ast.parse((ROOT / "torch-ext" / "fused_embedding_lookup" / "layers.py").read_text())
+    for layer in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+        functions = [node.name for node in layer.body if isinstance(node, ast.FunctionDef)]
+        assert functions == ["forward"], layer.name
+
+
 def undefined_symbols(extension: Path):
     """The dynamic symbols that the extension takes from elsewhere, and all that it defines."""
     lines = subprocess.run(
@@ -144,7 +165,7 @@ def test_extension_needs_only_the_stable_abis(variant_dir):
     assert torch_symbols
     rest = set(undefined) - set(python) - set(torch_symbols)
     # The C++ and C libraries; torch exports parts of the former too, without a version.
-    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZNK?St|_ITM_|__gmon_start__")
+    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN[KRO]*St|_ITM_|__gmon_start__")
     assert not [name for name in rest if not system.match(name)]
     assert not [name for kind, name in defined if kind == "u"]  # GNU unique
 

@@ -1,13 +1,18 @@
 """The GitHub workflows, which run only on GitHub: all that can be checked without it."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 
+import pytest
+import tomllib
 from ruamel.yaml import YAML
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.check("the GitHub workflows")
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 # YAML 1.2, in which `on` is a string and not true.
 WORKFLOWS = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}
@@ -23,6 +28,80 @@ def test_workflows_are_what_github_takes():
 
 def test_a_version_tag_publishes_and_nothing_else():
     assert WORKFLOWS["publish.yml"]["on"] == {"push": {"tags": ["v*"]}}
+
+
+def stub(folder, name, body):
+    """A command in place of one that can't run here, which notes how it was called."""
+    (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLS"\n{body}\n')
+    (folder / name).chmod(0o755)
+
+
+def test_publish_builds_then_signs_then_uploads(tmp_path):
+    """Every shell step as it is written, with commands that stand in for Nix, Xcode and cosign."""
+    commands, checkout = tmp_path / "bin", tmp_path / "checkout"
+    commands.mkdir()
+    checkout.mkdir()
+    stub(
+        commands,
+        "nix",
+        '[ "$1" = build ] && cp -r --no-preserve=mode "$STORE" store; '
+        "chmod -R a-w store; [ -e build ] || ln -s store result",
+    )
+    stub(commands, "xcodebuild", "true")
+    stub(commands, "cosign", 'touch "$4"')
+    store = tmp_path / "store"
+    variants = ["torch-stable-abi210-cpu-x86_64-linux", "torch-stable-abi210-cu130-x86_64-linux"]
+    for variant in variants:
+        (store / variant).mkdir(parents=True)
+        (store / variant / "metadata.json").write_text("{}")
+    (store / "CARD.md").write_text("card")
+    shutil.copy(ROOT / "flake.lock", checkout)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "flake.lock"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *arguments], cwd=checkout, check=True)
+
+    calls = tmp_path / "calls"
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "BACKEND": "cuda",
+        "CALLS": str(calls),
+        "STORE": str(store),
+    }
+    for step in WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"]:
+        if "run" in step:
+            command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+            subprocess.run(command, cwd=checkout, env=environment, check=True)
+    assert calls.read_text().splitlines() == [
+        "xcodebuild -downloadComponent MetalToolchain",
+        "nix build --print-build-logs .#backendBundle.cuda",
+        *(
+            f"cosign sign-blob build/{variant}/metadata.json"
+            f" --bundle build/{variant}/metadata.json.sigstore --yes"
+            for variant in variants
+        ),
+        "nix run --inputs-from . --print-build-logs kernel-builder#kernel-builder -- upload",
+    ]
+    for variant in variants:
+        names = {path.name for path in (checkout / "build" / variant).iterdir()}
+        assert names == {"metadata.json", "metadata.json.sigstore"}
+
+
+def test_publish_stops_without_a_lock(tmp_path):
+    step = WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"][1]
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert subprocess.run(step["run"].split(), cwd=tmp_path, check=False).returncode != 0
+
+
+def test_publish_builds_every_backend_of_every_system():
+    """What build.toml names and kernel-builder has for a system; its full build takes up to 20 hours."""
+    job = WORKFLOWS["publish.yml"]["jobs"]["publish"]
+    built = {(row["system"], row["backend"]) for row in job["strategy"]["matrix"]["include"]}
+    linux = {(f"{arch}-linux", b) for arch in ("x86_64", "aarch64") for b in ("cpu", "cuda")}
+    assert built == linux | {("aarch64-darwin", backend) for backend in ("cpu", "metal")}
+    assert {b for _, b in built} == set(
+        tomllib.loads((ROOT / "build.toml").read_text())["general"]["backends"]
+    )
+    assert job["timeout-minutes"] == 1200
 
 
 def test_workflows_make_targets_that_exist():

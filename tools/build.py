@@ -3,13 +3,22 @@
     python tools/build.py                      # build/<variant>/ for each backend this machine can run
     python tools/build.py --backend cuda       # the CUDA variant, for all architectures, on any machine
     python tools/build.py --sanitize           # the CPU variant with AddressSanitizer and UBSan
-    python tools/build.py --simt               # the GPUs' sources for tests/simt, which runs them on a CPU
     python tools/build.py --output elsewhere   # instead of build/
 
 What is built, from which sources and with which flags is read from build.toml. The compilation
 itself is ninja's: incremental, parallel, with progress. The compiler is $CXX, or c++, with
 $CXXFLAGS appended to the flags; for CUDA nvcc, of $CUDA_HOME, of `make cuda` or on the PATH. The Metal
 variant itself is built on a Mac, by kernel-builder.
+
+What is made is what kernel-builder makes, but for this:
+
+| | kernel-builder | here | because |
+| --- | --- | --- | --- |
+| C and C++ libraries | manylinux_2_28's | the machine's | the compiler is; tests/ warn of what that would reject |
+| warnings | none | -Wall -Wextra, ptxas -v | this is where the code is worked on |
+| torch's nvcc flags | --expt-relaxed-constexpr, ENABLE_FP8 | none | the sources use neither |
+| CUDA architectures | all | this machine's GPU's, all with --backend cuda | to be quick |
+| provenance | its version and commit | "tools/build.py" | it wasn't kernel-builder |
 """
 
 import argparse
@@ -31,7 +40,6 @@ from kernels._rust import Build, Digest, DigestAlgorithm, KernelName, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX_SUFFIXES = (".cpp", ".cc", ".cxx")
-SIMT = "tests/simt"
 
 # What kernel-builder builds for with CUDA 13: machine code for each, and PTX of the last for newer ones.
 CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1+PTX"]
@@ -89,29 +97,11 @@ def main():
         action="store_true",
         help="build the CPU variant with -fsanitize=address,undefined",
     )
-    parser.add_argument(
-        "--simt",
-        nargs="*",
-        choices=["cuda", "metal"],
-        help="build these variants' sources for tests/simt (default: those that can be)",
-    )
     args = parser.parse_args()
 
-    try:
-        Build.open(ROOT)
-    except ValueError as error:
-        sys.exit(f"error: build.toml: {error}")
-    config = tomllib.loads((ROOT / "build.toml").read_text())
+    config = read_config()
     archs = args.archs or CUDA_ARCHS
-    if args.simt is not None:
-        names = args.simt or ["cuda"]
-        if not args.simt:
-            if why_no_clang():
-                print(f"metal: not built for tests/simt, {why_no_clang()}")
-            else:
-                names.append("metal")
-        variants = [SimtCuda(config) if name == "cuda" else SimtMetal(config) for name in names]
-    elif args.sanitize:
+    if args.sanitize:
         variants = [Sanitized(config)]
     elif args.backend:
         variants = [Cuda(config, archs) if name == "cuda" else Cpu(config) for name in args.backend]
@@ -128,17 +118,24 @@ def main():
         variant.build(args.output)
 
 
+def read_config() -> dict:
+    """build.toml, if kernel-builder would take it."""
+    try:
+        Build.open(ROOT)
+    except ValueError as error:
+        sys.exit(f"error: build.toml: {error}")
+    return tomllib.loads((ROOT / "build.toml").read_text())
+
+
 class Variant:
     """Which compiler with which flags makes which sources into one extension."""
 
     backend: str  # whose sources
     runs_on: str  # whose tensors it takes
     build_folder_suffix = ""
-    subfolder = ""  # of the output
     registration = REGISTRATION_H
     cxx_flags = ()
     link_flags = ()
-    extra_sources = ()
 
     def __init__(self, config: dict):
         self.config = config
@@ -170,7 +167,7 @@ class Variant:
     def build(self, output: Path):
         """Compile, link and lay out."""
         objects = ROOT / ".build" / (self.name + self.build_folder_suffix)
-        destination = output / self.subfolder / self.name
+        destination = output / self.name
         objects.mkdir(parents=True, exist_ok=True)
         write_if_changed(objects / "registration.h", self.registration)
         write_if_changed(objects / "build.ninja", self.ninja_file(objects))
@@ -192,21 +189,20 @@ class Variant:
         torch_dir = Path(torch.__file__).parent
         # What a C++ compiler and nvcc both take.
         common = [
-            "-std=c++17",
             "-O3",
             "-DNDEBUG",
             f"-D{self.backend.upper()}_KERNEL",
             *self.target_version(),
-            "-DPy_LIMITED_API=0x03090000",
+            "-DPy_LIMITED_API=3",
             f"-I{ROOT / 'csrc'}",
             f"-I{objects}",
             f"-isystem {torch_dir / 'include'}",
             f"-isystem {python_include}",
         ]
         cxx_flags = [
+            "-std=gnu++20",
             *common,
             "-fPIC",
-            "-fvisibility=hidden",
             *(["-fno-gnu-unique"] if accepts(self.compiler, "-fno-gnu-unique") else []),
             "-Wall",
             "-Wextra",
@@ -262,8 +258,6 @@ class Variant:
             for source in component["src"]:
                 language = "cuda" if self.rule(source) == "nvcc" else "cxx"
                 yield source, " ".join(flags + component.get(f"{language}-flags", []))
-        for source in self.extra_sources:
-            yield source, ""
 
     def rule(self, source: str):
         """The rule that compiles a source; None for a header."""
@@ -286,21 +280,25 @@ class Variant:
         )
         shutil.copy2(extension, destination / f"{self.kernel_id}.abi3.so")
         (destination / "_ops.py").write_text(OPS_PY.format(id=self.kernel_id))
+        metadata = self.metadata() | {"digest": digest(destination)}
+        (destination / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        # Raises if `kernels` would not take it.
+        Metadata.read_from_file(destination / "metadata.json")
+
+    def metadata(self) -> dict:
+        """What metadata.json says, but for the digest."""
         general = self.config["general"]
-        metadata = {
+        return {
             "name": general["name"],
             "id": self.kernel_id,
             "version": general["version"],
             "license": general["license"],
+            "source": general["source"],
             "python-depends": [],
             "kernel-depends": [],
             "backend": self.metadata_backend(),
+            "provenance": {"kernel-builder": {"version": "tools/build.py"}} | git_status(),
         }
-        digest = Digest.hash_variant(DigestAlgorithm.SHA256, destination)
-        metadata["digest"] = {"algorithm": str(digest.algorithm).lower(), "files": digest.files}
-        (destination / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-        # Raises if `kernels` would not take it.
-        Metadata.read_from_file(destination / "metadata.json")
 
     def metadata_backend(self) -> dict:
         return {"type": self.runs_on}
@@ -336,13 +334,11 @@ class Cuda(Variant):
 
     @property
     def linker(self) -> str:
-        # The static runtime, as in the extensions that kernel-builder makes. nvcc looks for it in
-        # lib64/, PyPI's packages have it in lib/.
-        libraries = Path(self.nvcc).parent.parent / "lib"
-        return (
-            f"{self.nvcc} -ccbin {self.compiler} -cudart=static -L{libraries} "
-            "-Xlinker=--exclude-libs,ALL"
-        )
+        # PyPI's packages have the runtime under its version's name only, and in lib/.
+        home = Path(self.nvcc).parent.parent
+        folders = " ".join(f"-L{home / name}" for name in ("lib", "lib64"))
+        runtime = f"-cudart=none {folders} -Xlinker -l:libcudart.so.{self.version[0]}"
+        return f"{self.nvcc} -ccbin {self.compiler} {runtime}"
 
     def rule(self, source: str):
         return "nvcc" if source.endswith(".cu") else super().rule(source)
@@ -354,7 +350,7 @@ class Cuda(Variant):
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        flags = [*common, *codes, f"-ccbin {self.compiler} -Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags = ["-std=c++20", *common, *codes, f"-ccbin {self.compiler} -Xcompiler=-fPIC"]
         # ptxas reports registers, stack and spills: tests/test_cuda_binary.py reads that.
         flags.append("-Xptxas=-v")
         compile_source = f"{self.nvcc} -MD -MF $out.d $nvcc_flags $extra_flags -c $in -o $out"
@@ -369,140 +365,6 @@ class Cuda(Variant):
 
     def metadata_backend(self) -> dict:
         return {"type": "cuda", "archs": sorted(self.archs)}
-
-
-class Simt(Variant):
-    """A GPU's sources, unchanged, for CPU tensors: on tests/simt in place of the GPU."""
-
-    runs_on = "cpu"
-    registration = REGISTRATION_H.replace(
-        "STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)",
-        "STABLE_TORCH_LIBRARY_IMPL(NAME, CPU, MODULE)",
-    )
-    extra_sources = (f"{SIMT}/simt.cpp", f"{SIMT}/tensors.cpp")
-    # The linker sends these calls to the engine.
-    wrapped = (
-        "torch_get_const_data_ptr",
-        "torch_get_mutable_data_ptr",
-        "aoti_torch_delete_tensor_object",
-    )
-
-    def __init__(self, config: dict):
-        super().__init__(config)
-        self.kernel_id += "_simt"
-
-    @property
-    def build_folder_suffix(self) -> str:
-        return f"-simt-{self.backend}"
-
-    @property
-    def subfolder(self) -> str:
-        return self.backend
-
-    @property
-    def link_flags(self):
-        return [f"-Wl,--wrap={function}" for function in self.wrapped]
-
-
-class SimtCuda(Simt):
-    backend = "cuda"
-    extra_sources = (*Simt.extra_sources, f"{SIMT}/cuda/runtime.cpp")
-    wrapped = (*Simt.wrapped, "__assert_fail")
-    cxx_flags = (f"-I{ROOT / SIMT / 'cuda'}", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
-
-    def rule(self, source: str):
-        return "simt" if source.endswith(".cu") else super().rule(source)
-
-    def device_rule(self, common: list):
-        # The engine stands in for the sanitizer's runtime, see simt.h.
-        return [
-            "simt_flags = -fsanitize=thread -x c++",
-            "rule simt",
-            f"  command = {self.compiler} -MD -MF $out.d $cxx_flags $simt_flags $extra_flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $in for tests/simt",
-        ]
-
-
-class SimtMetal(Simt):
-    backend = "metal"
-    extra_sources = (*Simt.extra_sources, f"{SIMT}/metal/emulator.mm")
-
-    def __init__(self, config: dict):
-        super().__init__(config)
-        problem = why_no_clang()
-        if problem:
-            sys.exit(f"error: {problem}")
-
-    @property
-    def link_flags(self):
-        return [*super().link_flags, f"-L{objc_folder()}", "-lobjc"]
-
-    def rule(self, source: str):
-        return {".mm": "objcxx", ".metal": "metal"}.get(Path(source).suffix) or super().rule(source)
-
-    def device_rule(self, common: list):
-        stand_ins = ROOT / SIMT / "metal"
-        flags = [
-            *common,
-            f"-I{stand_ins}",
-            "-fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-function",
-            os.environ.get("CXXFLAGS", ""),
-        ]
-        objcxx = [
-            "-x objective-c++ -fblocks -fobjc-runtime=gcc",
-            f"-isystem {objc_folder() / 'include'}",
-            '-DEMBEDDED_METALLIB_HEADER=\\"metallib.h\\"',
-            "-DEMBEDDED_METALLIB_NAMESPACE=simt_metal",
-        ]
-        # Fast math, as Metal's compiler has it unless the source says otherwise. Wider vectors than
-        # the source's would be accesses that the engine isn't told of.
-        shader = "-ffast-math -fno-vectorize -fno-slp-vectorize -fsanitize=thread"
-        reflect_flags = f"{CLANG} -MD -MF $out.d -MT $out -D__METAL_VERSION__=400 -I{stand_ins}"
-        steps = [
-            f"{sys.executable} {stand_ins / 'reflect.py'} {reflect_flags} -- $in $out.cpp",
-            f"{CLANG} $clang_flags -DMETAL_ADDRESS_SPACES -fsyntax-only $out.cpp",
-            f"{CLANG} $clang_flags {shader} -c $out.cpp -o $out",
-        ]
-        return [
-            f"clang_flags = {' '.join(flags)}",
-            "rule objcxx",
-            f"  command = {CLANG} -MD -MF $out.d $clang_flags {' '.join(objcxx)} $extra_flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $in for tests/simt",
-            "rule metal",
-            f"  command = {' && '.join(steps)}",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $in for tests/simt",
-        ]
-
-    def needs(self, source: str):
-        if source.endswith(".metal"):
-            return [
-                f"{ROOT / SIMT}/{name}" for name in ("metal/reflect.py", "metal/shader.h", "simt.h")
-            ]
-        return super().needs(source)
-
-
-CLANG = "clang++-19"
-
-
-def objc_folder() -> Path:
-    """Where GCC keeps the Objective-C runtime and its headers, which clang doesn't bring."""
-    folders = sorted(Path("/usr/lib/gcc").glob(f"{platform.machine()}-*/*/include/objc/objc.h"))
-    return folders[-1].parents[2] if folders else Path()
-
-
-def why_no_clang():
-    """What the Metal sources need to be compiled here and is missing, or None."""
-    if shutil.which(CLANG) is None:
-        return f"{CLANG} is not on the PATH (Debian: apt-get install clang-19)"
-    if objc_folder() == Path():
-        return "there is no Objective-C runtime (Debian: apt-get install gobjc++-12)"
-    return None
 
 
 NO_NVCC = "there is no nvcc in $CUDA_HOME or on the PATH (`make cuda` brings one from PyPI)"
@@ -521,19 +383,34 @@ def accepts(compiler: str, flag: str) -> bool:
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
+def digest(variant: Path) -> dict:
+    """The hashes of a variant's files, as metadata.json has them."""
+    hashed = Digest.hash_variant(DigestAlgorithm.SHA256, variant)
+    return {"algorithm": str(hashed.algorithm).lower(), "files": hashed.files}
+
+
+def git_status() -> dict:
+    """The sources' commit, and whether the tree differs from it; nothing without a checkout or git."""
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"kernel": {"commit": commit, "dirty": dirty}}
+
+
 def source_revision() -> str:
     """What makes the op namespace unique: the commit, marked if the tree differs from it."""
-    try:
-        commit = git("rev-parse", "--short=7", "HEAD").strip()
-        return commit + "_dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        # Not a checkout, or no git: the sources' own hash is as unique.
-        digest = hashlib.sha256()
-        for path in sorted(
-            p for folder in ("csrc", "torch-ext") for p in (ROOT / folder).rglob("*") if p.is_file()
-        ):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:7]
+    status = git_status()
+    if status:
+        return status["kernel"]["commit"][:7] + ("_dirty" if status["kernel"]["dirty"] else "")
+    # The sources' own hash is as unique.
+    hashed = hashlib.sha256()
+    for path in sorted(
+        p for folder in ("csrc", "torch-ext") for p in (ROOT / folder).rglob("*") if p.is_file()
+    ):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:7]
 
 
 def git(*arguments: str) -> str:

@@ -2,19 +2,21 @@
 
     python tools/publish.py                  # needs `hf auth login` or HF_TOKEN
 
-The filled-in card becomes README.md on branch main; build/ and benchmarks/ go to the branch of the
-kernel's version, and what an earlier upload left there and this one lacks is removed. To publish for
-real use `kernel-builder build-and-upload`: it builds every variant, to manylinux_2_28. This is what the
-tests publish with, to a Hub on this machine.
+build/ and benchmarks/benchmark*.py go to the branch of the kernel's version, then the filled-in card becomes
+README.md on branch main. What an earlier upload left in a variant and this one lacks is removed; variants that
+aren't in build/ are left alone. To publish for real use `kernel-builder build-and-upload`: it builds every
+variant, to manylinux_2_28. This is what the tests publish with, to a Hub on this machine.
 """
 
 import ast
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 import jinja2
 import tomllib
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from kernels._rust import Build, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,35 +35,45 @@ def main():
     api = HfApi()
     api.create_repo(repo_id, repo_type="kernel", exist_ok=True)
     api.create_branch(repo_id, branch=branch, repo_type="kernel", exist_ok=True)
-
-    print(f"{repo_id}: README.md to main")
-    readme = CommitOperationAdd("README.md", card(general).encode())
-    commit(api, repo_id, "main", [readme])
-
-    folders = [*variants, ROOT / "benchmarks"]
-    files = sorted(
-        path
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    )
-    additions = [CommitOperationAdd(str(path.relative_to(ROOT)), path) for path in files]
-    wanted = {addition.path_in_repo for addition in additions}
-    stale = [
-        CommitOperationDelete(path)
-        for path in api.list_repo_files(repo_id, revision=branch, repo_type="kernel")
-        if path.startswith(("build/", "benchmarks/")) and path not in wanted
+    built = [path for variant in variants for path in variant.rglob("*") if path.is_file()]
+    benchmarks = (ROOT / "benchmarks").glob("benchmark*.py")
+    additions = [
+        CommitOperationAdd(str(path.relative_to(ROOT)), path)
+        for path in sorted([*built, *benchmarks])
+        if "__pycache__" not in path.parts
     ]
-    print(f"{repo_id}: {len(additions)} files to {branch}, {len(stale)} stale ones removed")
-    commit(api, repo_id, branch, [*additions, *stale])
+    upload(api, repo_id, branch, additions, [f"build/{variant.name}/" for variant in variants])
+    # Last: the card is of what is there.
+    upload(api, repo_id, "main", [CommitOperationAdd("README.md", card(general).encode())], [])
 
 
-def commit(api, repo_id, branch, operations):
-    message = "Uploaded using tools/publish.py"
-    info = api.create_commit(
-        repo_id, operations, commit_message=message, revision=branch, repo_type="kernel"
-    )
-    print(f"{repo_id}: {branch} is {info.oid}")
+def upload(api, repo_id, branch, additions, pruned):
+    """One commit, on the head that it was made for: `additions`, and nothing else left in `pruned`.
+
+    If somebody else's commit comes first, the Hub refuses this one, and it is made anew.
+    """
+    wanted = {addition.path_in_repo for addition in additions}
+    while True:
+        head = api.repo_info(repo_id, revision=branch, repo_type="kernel").sha
+        there = api.list_repo_files(repo_id, revision=head, repo_type="kernel")
+        stale = [path for path in there if path.startswith(tuple(pruned)) and path not in wanted]
+        print(f"{repo_id}: {len(additions)} files to {branch}, {len(stale)} stale ones removed")
+        try:
+            info = api.create_commit(
+                repo_id,
+                [*additions, *map(CommitOperationDelete, stale)],
+                commit_message="Uploaded using tools/publish.py",
+                revision=branch,
+                repo_type="kernel",
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
+                raise
+            print(f"{repo_id}: {branch} has moved, once more")
+        else:
+            print(f"{repo_id}: {branch} is {info.oid}")
+            return
 
 
 def card(general):
