@@ -1,7 +1,21 @@
-"""What the op must equal: transformers' formulas, and the sums in float64."""
+"""What the op must equal: its eager code, from the package itself, and the sums in float64."""
+
+import importlib.util
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+# Of a build, of which the tests have one wherever they run; by its path, for any variant's will do.
+_BUILDS = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
+_SOURCE = next(p for place in ("", "build/") for p in _BUILDS.glob(f"{place}torch*/reference.py"))
+_SPEC = importlib.util.spec_from_file_location("fused_embedding_lookup_reference", _SOURCE)
+_eager = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_eager)
+
+eager = _eager.fused_embedding_lookup
+interpolated = _eager.interpolated
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,28 +31,6 @@ SMALL_VISION_CONFIG = {
 }
 
 
-def eager(position_ids, table, padding=None, residual=None, padding_id=None):
-    """The code of transformers since 5.10, for any number of axes.
-
-    With up to two axes this is the original's arithmetic to the letter. With more, its sum would be
-    rounded after every addition; the op's contract rounds once, so the sum is taken in float32.
-    """
-    acc = torch.float64 if table.dtype == torch.float64 else torch.float32
-    if position_ids.shape[-1] <= 2 and padding_id is None:
-        acc = table.dtype
-    clamped = position_ids.clamp(min=0)
-    embedding = None
-    for axis in range(position_ids.shape[-1]):
-        term = F.embedding(clamped[..., axis], table[axis]).to(acc)
-        if padding_id is not None:
-            term = torch.where((position_ids[..., axis] == padding_id).unsqueeze(-1), 0.0, term)
-        embedding = term if embedding is None else embedding + term
-    embedding = embedding.to(table.dtype)
-    if padding is not None:
-        embedding = torch.where(padding.unsqueeze(-1), 0.0, embedding)
-    return embedding if residual is None else residual + embedding
-
-
 def one_hot(position_ids, table, padding, residual):
     """The code of transformers up to 5.9: a one-hot of the ids times the table."""
     encoded = F.one_hot(position_ids.clamp(min=0), num_classes=table.shape[1])
@@ -48,20 +40,25 @@ def one_hot(position_ids, table, padding, residual):
     return residual + embedding
 
 
-def grad_table(grad, position_ids, num_rows, padding=None, padding_id=None):
+def grad_table(
+    grad, position_ids, num_rows, padding=None, padding_id=None, weights=None, shared=False
+):
     """The table's gradient, and the sum of the magnitudes of its terms, in float64."""
-    hidden, axes = grad.shape[-1], position_ids.shape[-1]
+    hidden, entries = grad.shape[-1], position_ids.shape[-1]
     flat = grad.reshape(-1, hidden).double()
     keep = ~padding if padding is not None else torch.ones_like(position_ids[..., 0]) == 1
-    sums = torch.zeros(2, axes, num_rows, hidden, dtype=torch.float64, device=grad.device)
-    for axis in range(axes):
-        ids = position_ids[..., axis]
+    sums = torch.zeros(2, 1 if shared else entries, num_rows, hidden).to(flat)
+    for k in range(entries):
+        ids = position_ids[..., k]
         used = keep if padding_id is None else keep & (ids != padding_id)
         used = used.reshape(-1)
         rows = ids.clamp(min=0).reshape(-1)[used].long()
-        sums[0, axis].index_add_(0, rows, flat[used])
-        sums[1, axis].index_add_(0, rows, flat[used].abs())
-    return sums[0], sums[1]
+        terms = flat[used]
+        if weights is not None:
+            terms = terms * weights[..., k].reshape(-1)[used, None].double()
+        for total, values in zip(sums, (terms, terms.abs())):
+            total[0 if shared else k].index_add_(0, rows, values)
+    return tuple(total[0] if shared else total for total in sums)
 
 
 def ulp(value, dtype):

@@ -27,15 +27,26 @@ BAD = {
     "ids int16": ("position_ids", torch.zeros(2, 5, 3, dtype=torch.int16), "int64 or int32, got Short"),
     "ids scalar": ("position_ids", torch.tensor(1), "position_ids must have shape [..., K], got a tensor without"),
     "ids axes": ("position_ids", torch.zeros(2, 5, 2, dtype=torch.int64), "[..., 3] to go with a table of 3 axes, got [2, 5, 2]"),
-    "table rank": ("table", torch.randn(3, 8), "table must have shape [K, P, H], got [3, 8]"),
+    "table rank": ("table", torch.randn(8), "table must have shape [K, P, H] or [P, H], got [8]"),
+    "table rank 4": ("table", torch.randn(1, 3, 4, 8), "table must have shape [K, P, H] or [P, H], got [1, 3, 4, 8]"),
     "table dtype": ("table", torch.ones(3, 4, 8, dtype=torch.int32), "table must be float32, float16, bfloat16 or float64, got Int"),
     "table complex": ("table", torch.randn(3, 4, 8, dtype=torch.complex64), "table must be float32, float16, bfloat16 or float64, got ComplexFloat"),
     "table float8": ("table", torch.randn(3, 4, 8).to(torch.float8_e4m3fn), "table must be float32, float16, bfloat16 or float64, got Float8_e4m3fn"),
     "table stride": ("table", torch.randn(3, 4, 16)[..., ::2], "table must have a last stride of 1, got 2"),
     "table expanded": ("table", torch.randn(3, 4, 1).expand(3, 4, 8), "table must have a last stride of 1, got 0"),
-    "table axes": ("table", torch.randn(5, 4, 8), "table must have shape [K, P, H] with K from 1 to 4, got K = 5"),
-    "table no axes": ("table", torch.randn(0, 4, 8), "K from 1 to 4, got K = 0"),
-    "table no rows": ("table", torch.randn(3, 0, 8), "table must have at least one row per axis, got P = 0"),
+    "table axes": ("table", torch.randn(5, 4, 8), "position_ids must have shape [..., 5] to go with a table of 5 axes, got [2, 5, 3]"),
+    "table no axes": ("table", torch.randn(0, 4, 8), "position_ids must have shape [..., 0] to go with a table of 0 axes, got [2, 5, 3]"),
+    "table no rows": ("table", torch.randn(3, 0, 8), "table must have at least one row to read, got P = 0"),
+    "shared table no rows": ("table", torch.randn(0, 8), "table must have at least one row to read, got P = 0"),
+    "ids no axes": ("position_ids", torch.zeros(2, 5, 0, dtype=torch.int64), "position_ids must have shape [..., K] with K from 1 to 64, got K = 0"),
+    "ids many axes": ("position_ids", torch.zeros(2, 5, 65, dtype=torch.int64), "position_ids must have shape [..., K] with K from 1 to 64, got K = 65"),
+    "weights dtype": ("weights", torch.ones(2, 5, 3, dtype=torch.bfloat16), "weights must be float32, got BFloat16"),
+    "weights double": ("weights", torch.ones(2, 5, 3, dtype=torch.float64), "weights must be float32, got Double"),
+    "weights shape": ("weights", torch.ones(2, 5, 2), "weights must have shape [2, 5, 3] to go with position_ids of shape [2, 5, 3], got [2, 5, 2]"),
+    "weights rank": ("weights", torch.ones(2, 5), "weights must have shape [2, 5, 3]"),
+    "weights leading": ("weights", torch.ones(1, 5, 3), "weights must have shape [2, 5, 3]"),
+    "weights device": ("weights", torch.ones(2, 5, 3, device="meta"), "weights must be on the device of position_ids, got meta and cpu"),
+    "embedding_dtype": ("embedding_dtype", torch.int32, "embedding_dtype must be float32, float16, bfloat16 or float64, got Int"),
     "table device": ("table", torch.randn(3, 4, 8, device="meta"), "table must be on the device of position_ids, got meta and cpu"),
     "padding dtype": ("padding", torch.zeros(2, 5, dtype=torch.uint8), "padding must be bool, got Byte"),
     "padding shape": ("padding", torch.zeros(2, 4, dtype=torch.bool), "padding must have shape [2, 5] to go with position_ids of shape [2, 5, 3], got [2, 4]"),
@@ -58,7 +69,8 @@ def expected(message, variant):
 
 @pytest.mark.parametrize("argument, value, message", BAD.values(), ids=BAD)
 def test_bad_argument(variant, kernel, argument, value, message):
-    value = value if value.is_meta else value.to(variant.device)
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        value = value.to(variant.device)
     arguments = good() | {argument: value}
     with pytest.raises(
         ValueError, match="^fused_embedding_lookup: .*" + expected(message, variant)
@@ -103,7 +115,7 @@ def test_id_too_large_in_the_backward(kernel):
     with pytest.raises(
         IndexError, match="less than the 4 rows of the table, got 9 on axis 1 of token 0"
     ):
-        kernel.op.ops.backward(torch.ones(1, 8), ids, None, None, 4, torch.float32)
+        kernel.op.ops.backward(torch.ones(1, 8), ids, None, None, None, 4, False, torch.float32)
 
 
 @pytest.mark.variant("cuda-simt")
@@ -120,7 +132,7 @@ def test_id_too_large_is_an_assertion(kernel, direction, bad):
             kernel.fused_embedding_lookup(ids, **arguments)
         else:
             kernel.op.ops.backward(
-                torch.ones(2, 5, 8), ids, arguments["padding"], None, 4, torch.float32
+                torch.ones(2, 5, 8), ids, None, arguments["padding"], None, 4, False, torch.float32
             )
     kernel.fused_embedding_lookup(ids.clamp(max=3), **arguments)
 
@@ -131,7 +143,7 @@ def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
     """In a process of its own: nothing runs on the GPU after an assertion."""
     call = {
         "forward": "kernel.fused_embedding_lookup(ids, torch.ones(1, 4, 8, device='cuda'))",
-        "backward": "kernel.op.ops.backward(torch.ones(2, 8, device='cuda'), ids, None, None, 4, torch.float32)",
+        "backward": "kernel.op.ops.backward(torch.ones(2, 8, device='cuda'), ids, None, None, None, 4, False, torch.float32)",
     }
     script = (
         "import conftest, torch\n"
@@ -151,31 +163,50 @@ def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
     assert "device-side assert triggered" in result.stderr
 
 
-@pytest.mark.parametrize("bad", TOO_LARGE)
 @pytest.mark.variant("metal-simt")
-def test_id_too_large_is_nan(kernel, poison, bad):
-    """The token's row, and no other's; not if it is padding. No row gets the gradient."""
-    arguments = good()
-    ids = arguments.pop("position_ids").to(torch.int32 if bad < 2**31 else torch.int64)
-    fine = kernel.fused_embedding_lookup(ids, **arguments)
-    ids[0, 3, 1] = bad
-    ids[1, 2, 1] = bad
-    arguments["padding"][1, 2] = True
-    for hidden in (8, 7):  # vectors, and none
-        for name in ("table", "residual"):
-            arguments[name] = arguments[name][..., :hidden].requires_grad_()
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            spoilt = {**arguments, "table": arguments["table"].to(dtype), "residual": None}
-            out = kernel.fused_embedding_lookup(ids, **spoilt)
-            assert out[0, 3].isnan().all()
-            assert out.isnan().sum() == hidden
-        out = kernel.fused_embedding_lookup(ids, **arguments)
-        assert out[0, 3].isnan().all()
-        assert torch.equal(out[1, 2], arguments["residual"][1, 2])
-        assert torch.equal(out[0, :3], fine[0, :3, :hidden])
-        (grad,) = torch.autograd.grad(out, arguments["table"], torch.ones_like(out))
-        assert grad[0, 0].tolist() == grad[2, 0].tolist() == [9.0] * hidden
-        assert grad[1, 0].tolist() == [8.0] * hidden
+@pytest.mark.parametrize("bad", TOO_LARGE)
+def test_id_too_large_in_the_error_buffer(kernel, synchronize, bad):
+    """From either direction, whether the token is padding or not. Other tokens are as they would be."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for hidden in (8, 7):  # vectors, and none
+            arguments = good()
+            ids = arguments.pop("position_ids").to(torch.int32 if bad < 2**31 else torch.int64)
+            arguments["table"] = arguments["table"][..., :hidden].to(dtype).requires_grad_()
+            arguments["residual"] = arguments["residual"][..., :hidden]
+            fine = kernel.fused_embedding_lookup(ids, **arguments)
+            assert synchronize() is None
+            ids[1, 2, 1] = bad
+            arguments["padding"][1, 2] = True
+            message = (
+                "fused_embedding_lookup: position_ids must be less than the 4 rows of the table, "
+                f"got {bad} on axis 1 of token 7"
+            )
+            out = kernel.fused_embedding_lookup(ids, **arguments)
+            assert synchronize() == message
+            assert torch.equal(out[0], fine[0])
+            (grad,) = torch.autograd.grad(out, arguments["table"], torch.ones_like(out))
+            assert synchronize() == message
+            assert grad[:, 0].tolist() == [[9.0] * hidden] * 3
+            assert synchronize() is None
+
+
+@pytest.mark.variant("metal-simt")
+def test_id_too_large_for_a_copy(kernel, synchronize):
+    """One entry without weights and residual is copied by a shader of its own."""
+    table = torch.randn(1, 4, 8)
+    ids = torch.tensor([[0], [12345678901234567890 // 7], [3]])
+    out = kernel.fused_embedding_lookup(ids, table)
+    assert "rows of the table, got 1763668414462081127 on axis 0 of token 1" in synchronize()
+    assert torch.equal(out[[0, 2]], table[0, [0, 3]])
+
+
+@pytest.mark.variant("metal-simt")
+def test_more_ids_too_large_than_messages(kernel, synchronize):
+    """PyTorch's buffer has thirty; the rest are counted."""
+    ids = torch.full((500, 2), 7)
+    kernel.fused_embedding_lookup(ids, torch.randn(2, 4, 8))
+    assert "got 7 on axis" in synchronize()
+    assert synchronize() is None
 
 
 @pytest.mark.variant("cuda-simt", "metal-simt", "cuda")
@@ -187,7 +218,9 @@ def test_too_many_tokens(variant, kernel):
     with pytest.raises(ValueError, match=message):
         kernel.fused_embedding_lookup(ids, table)
     with pytest.raises(ValueError, match=message):
-        kernel.op.ops.backward(table[0].expand(2**31, 1), ids, None, None, 1, torch.float16)
+        kernel.op.ops.backward(
+            table[0].expand(2**31, 1), ids, None, None, None, 1, False, torch.float16
+        )
 
 
 @pytest.mark.variant("cuda-simt", "metal-simt", "cuda")
@@ -197,7 +230,7 @@ def test_too_large_a_table_for_the_backward(variant, kernel):
         f"table of shape [1, 2147483648, 1] is too large for the backward on {API[variant.sources]}"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        kernel.op.ops.backward(grad, ids, None, None, 2**31, torch.float16)
+        kernel.op.ops.backward(grad, ids, None, None, None, 2**31, False, torch.float16)
 
 
 @pytest.mark.variant("metal-simt")
@@ -208,7 +241,7 @@ def test_too_many_columns(kernel):
     with pytest.raises(ValueError, match=message):
         kernel.fused_embedding_lookup(ids, table)
     with pytest.raises(ValueError, match=message):
-        kernel.op.ops.backward(table[0], ids, None, None, 1, torch.float16)
+        kernel.op.ops.backward(table[0], ids, None, None, None, 1, False, torch.float16)
 
 
 def test_padding_id_may_be_out_of_range(kernel):
@@ -228,12 +261,12 @@ def test_ids_below_zero_read_row_zero(kernel):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((torch.ones(3, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must have shape [4, 8]"),
-        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, -1, torch.float32), "num_rows must not be negative, got -1"),
-        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.int32), "dtype must be float32, float16, bfloat16 or float64, got Int"),
-        ((torch.ones(4, 8).int(), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must be float32, float16, bfloat16 or float64, got Int"),
-        ((torch.tensor(1.0), torch.zeros(4, 1, dtype=torch.int64), None, None, 4, torch.float32), "grad must have shape [..., H]"),
-        ((torch.ones(8), torch.tensor(1), None, None, 4, torch.float32), "position_ids must have shape [..., K]"),
+        ((torch.ones(3, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, None, 4, False, torch.float32), "grad must have shape [4, 8]"),
+        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, None, -1, False, torch.float32), "num_rows must not be negative, got -1"),
+        ((torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64), None, None, None, 4, False, torch.int32), "dtype must be float32, float16, bfloat16 or float64, got Int"),
+        ((torch.ones(4, 8).int(), torch.zeros(4, 1, dtype=torch.int64), None, None, None, 4, False, torch.float32), "grad must be float32, float16, bfloat16 or float64, got Int"),
+        ((torch.tensor(1.0), torch.zeros(4, 1, dtype=torch.int64), None, None, None, 4, False, torch.float32), "grad must have shape [..., H]"),
+        ((torch.ones(8), torch.tensor(1), None, None, None, 4, False, torch.float32), "position_ids must have shape [..., K]"),
     ],
 )  # fmt: skip
 def test_bad_argument_of_the_backward(variant, kernel, arguments, message):

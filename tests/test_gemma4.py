@@ -30,7 +30,6 @@ def images(dtype, padded=True):
     return pixels, ids, (ids == -1).all(-1)
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", reference.FLOATS, ids=str)
 @pytest.mark.parametrize("padded", [True, False])
 def test_patch_embedder(variant, swap_in, dtype, padded):
@@ -51,7 +50,6 @@ def test_patch_embedder(variant, swap_in, dtype, padded):
     assert ((ours.position_embedding_table.grad.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_patch_embedder_under_autocast(variant, swap_in, autocast_dtype):
     """The projection is 16-bit, the table float32: mixed dtypes, a float32 result."""
@@ -72,7 +70,6 @@ def test_patch_embedder_under_autocast(variant, swap_in, autocast_dtype):
     assert torch.equal(ours.input_proj.weight.grad, original.input_proj.weight.grad)
 
 
-@pytest.mark.kernels_ci
 def test_16_bit_table_under_a_float32_projection(swap_in):
     original = embedder(torch.float32)
     original.position_embedding_table.data = original.position_embedding_table.data.bfloat16()
@@ -81,7 +78,6 @@ def test_16_bit_table_under_a_float32_projection(swap_in):
     assert torch.equal(ours(*batch), original(*batch))
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_vision_model(swap_in, dtype):
     """The whole tower, forward and backward."""
@@ -109,7 +105,6 @@ def test_patch_embedder_compiled(swap_in):
         torch.testing.assert_close(compiled(*batch), original(*batch))
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize(
     "mode", [Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE]
 )
@@ -117,7 +112,79 @@ def test_every_mode_is_served(swap_in, mode):
     swap_in(embedder(torch.float32), mode)
 
 
-@pytest.mark.kernels_ci
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("one", ["ids", "padding", "ids and padding", "pixels"])
+def test_a_batch_of_one_broadcasts(kernel, swap_in, one, twin):
+    """As the original's additions do; expanded, so that the gradient is the sum over the batch."""
+    original = embedder(torch.float32)
+    ours = swap_in(original)
+    if twin:
+        ours = kernel.layers.Gemma4VisionPatchEmbedderLayout(CONFIG)
+        ours.load_state_dict(original.state_dict())
+    pixels, ids, padding = images(torch.float32)
+    ids = ids[:1] if "ids" in one else ids
+    padding = padding[:1] if "padding" in one else padding
+    pixels = pixels[:1] if one == "pixels" else pixels
+    results = []
+    for module in (original, ours):
+        out = module(pixels, ids, padding)
+        results.append((out, *torch.autograd.grad(out.pow(2).sum(), module.parameters())))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0], results[1])
+
+
+class Doubled(Gemma4VisionPatchEmbedder):
+    """A subclass with position embeddings of its own."""
+
+    def _position_embeddings(self, pixel_position_ids, padding_positions):
+        return 2 * super()._position_embeddings(pixel_position_ids, padding_positions)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_overridden_position_embeddings_are_called(swap_in, how, compiled):
+    original = Doubled(CONFIG) if how == "subclass" else embedder(torch.float32)
+    torch.nn.init.normal_(original.position_embedding_table)
+    ours = swap_in(original)
+    if how == "instance":
+        for module in (original, ours):
+            module._position_embeddings = lambda ids, padding: ids.float().sum(-1, keepdim=True)
+    batch = images(torch.float32)
+    module = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    assert torch.equal(module(*batch), original(*batch))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms(swap_in, compiled):
+    """Per-sample gradients, a Hessian's product with a vector and a tangent, through the layer."""
+    original = embedder(torch.float32)
+    ours = swap_in(original)
+    batch = images(torch.float32)
+    parameters = {name: p.detach() for name, p in original.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def transforms(module):
+        def loss(parameters, *sample):
+            return torch.func.functional_call(module, parameters, sample).pow(3).mean()
+
+        def transformed(parameters):
+            grad = torch.func.grad(loss)
+            return (
+                torch.func.vmap(grad, (None, 0, 0, 0))(parameters, *batch),
+                torch.func.jvp(lambda p: grad(p, *batch), (parameters,), (tangents,)),
+                torch.func.jvp(lambda p: loss(p, *batch), (parameters,), (tangents,)),
+            )
+
+        return transformed
+
+    expected = transforms(original)(parameters)
+    actual = transforms(ours)
+    if compiled:
+        torch._dynamo.reset()
+        actual = torch.compile(actual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(actual(parameters), expected)
+
+
 def test_layer_is_pure(kernel):
     layer = kernel.layers.Gemma4VisionPatchEmbedder
     own = {name for name in vars(layer) if not name.startswith("__")}
@@ -127,7 +194,6 @@ def test_layer_is_pure(kernel):
     assert list(ours) == list(inspect.signature(Gemma4VisionPatchEmbedder.forward).parameters)
 
 
-@pytest.mark.kernels_ci
 def test_input_proj_is_called_as_a_module(swap_in):
     """So that LoRA wrappers, quantised weights and hooks on it keep working."""
     ours = swap_in(embedder(torch.float32))
@@ -137,7 +203,6 @@ def test_input_proj_is_called_as_a_module(swap_in):
     assert calls == [1]
 
 
-@pytest.mark.kernels_ci
 def test_quantised_input_proj_keeps_pixel_values_float(swap_in):
     """With integer weights the original leaves the pixels' dtype alone; so do we."""
     original = embedder(torch.float32)
@@ -159,7 +224,6 @@ def test_quantised_input_proj_keeps_pixel_values_float(swap_in):
     assert seen == [torch.float32] * 2
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", reference.FLOATS, ids=str)
 def test_layout_is_the_original(kernel, dtype):
     """Same constructor, same parameters, same forward: checkpoints load, and it is a true fallback."""
@@ -177,8 +241,7 @@ def test_layout_is_the_original(kernel, dtype):
     assert torch.equal(layout(*batch), original(*batch))
 
 
-@pytest.mark.kernels_ci
-def test_padding_negative_and_too_large_ids(variant, swap_in):
+def test_padding_negative_and_too_large_ids(request, variant, swap_in):
     """What transformers tests of this module: padding is zeroed, negative ids read row 0, others raise."""
     ours = swap_in(embedder(torch.float32))
     table = ours.position_embedding_table
@@ -192,7 +255,9 @@ def test_padding_negative_and_too_large_ids(variant, swap_in):
     assert torch.equal(out[0, 2], projected[0, 2] + (table[0, 0] + table[1, 3]))
     ids[0, 0, 0] = 128
     if variant.sources == "metal":
-        assert ours(pixels, ids, padding)[0, 0].isnan().all()
+        # An error at the next synchronisation; other tokens are as before.
+        assert torch.equal(ours(pixels, ids, padding)[0, 1:], out[0, 1:])
+        assert "got 128 on axis 0 of token 0" in request.getfixturevalue("synchronize")()
     elif variant.name != "cuda":  # a GPU would be lost to the tests after it, see test_errors.py
         with pytest.raises(IndexError if variant.sources == "cpu" else RuntimeError):
             ours(pixels, ids, padding)

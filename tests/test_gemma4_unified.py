@@ -5,13 +5,13 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedVisionEmbedder
 
 import reference
-
-pytestmark = pytest.mark.kernels_ci
 
 CONFIGS = (
     Gemma4UnifiedVisionConfig(
@@ -74,6 +74,56 @@ def test_under_autocast(variant, swap_in, autocast_dtype):
     batch = images(torch.float32)
     with torch.autocast(variant.device.type, autocast_dtype):
         expected, actual = original(*batch), ours(*batch)
+    assert torch.equal(actual.pooler_output, expected.pooler_output)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every op by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls.append((op._opname, args))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.variant("cpu")
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_embedding_dtype_under_autocast(kernel, device, enabled):
+    """What `sum` returns on that device is what the layer asks for. Fake tensors: of no GPU."""
+    forward = kernel.layers.Gemma4UnifiedVisionEmbedder.forward
+    module = embedder(torch.bfloat16)
+    torch.set_autocast_enabled(device, enabled)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            for owner in module.modules():
+                for name, parameter in owner.named_parameters(recurse=False):
+                    like = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    owner._parameters[name] = torch.nn.Parameter(like)
+            ids = torch.empty(2, 60, 2, dtype=torch.int64, device=device)
+            pixels = torch.empty(2, 60, PATCH, dtype=torch.bfloat16, device=device)
+            summed = torch.empty(2, 3, dtype=torch.bfloat16, device=device).sum(-2).dtype
+            with Recorder() as recorder, torch.no_grad():
+                forward(module, pixels, ids)
+        assert isinstance(pixels, FakeTensor) and pixels.fake_mode is fake
+    finally:
+        torch.set_autocast_enabled(device, False)
+    (arguments,) = [args for name, args in recorder.calls if name == "forward"]
+    asked = arguments[6] or arguments[1].dtype
+    assert asked == summed
+    assert summed == (torch.float32 if enabled and device != "cpu" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("one", ["ids", "pixels"])
+def test_a_batch_of_one_broadcasts(swap_in, one):
+    original = embedder(torch.float32)
+    ours = swap_in(original)
+    pixels, ids = images(torch.float32)
+    batch = (pixels[:1], ids) if one == "pixels" else (pixels, ids[:1])
+    expected, actual = original(*batch), ours(*batch)
     assert torch.equal(actual.pooler_output, expected.pooler_output)
 
 

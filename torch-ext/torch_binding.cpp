@@ -3,14 +3,18 @@
 #include "torch_binding.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
+#include <tuple>
 #include <vector>
 
 #include "embedding_lookup.h"
 #include "registration.h"
+#include "vision_interpolation.h"
 
+using embedding_lookup::allocate;
 using embedding_lookup::check;
+using embedding_lookup::check_floating;
+using embedding_lookup::Lookup;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -23,94 +27,91 @@ ScalarType promote(ScalarType a, ScalarType b) {
   return ScalarType::Float;
 }
 
-std::vector<int64_t> sizes_with_hidden(const Tensor& position_ids, int64_t hidden) {
-  const auto sizes = position_ids.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end());
-  result.back() = hidden;
-  return result;
-}
-
 }  // namespace
 
 Tensor embedding_lookup_forward(const Tensor& position_ids, const Tensor& table,
+                                const std::optional<Tensor>& weights,
                                 const std::optional<Tensor>& padding,
                                 const std::optional<Tensor>& residual,
-                                std::optional<int64_t> padding_id) {
-  check(table.dim() == 3, "table must have shape [K, P, H], got ",
+                                std::optional<int64_t> padding_id,
+                                std::optional<ScalarType> embedding_dtype) {
+  check(table.dim() == 3 || table.dim() == 2, "table must have shape [K, P, H] or [P, H], got ",
         embedding_lookup::Shape{table.sizes()});
-  const int64_t hidden = table.size(2);
+  const bool shared = table.dim() == 2;
+  const int64_t rows_dim = table.dim() - 2;
+  const int64_t hidden = table.size(rows_dim + 1);
+  check_floating("table", table.scalar_type());
   embedding_lookup::check_same_device("table", table, position_ids);
-  embedding_lookup::check_floating("table", table.scalar_type());
-  check(table.stride(2) == 1 || hidden <= 1, "table must have a last stride of 1, got ",
-        table.stride(2));
-  check(position_ids.dim() >= 1,
-        "position_ids must have shape [..., K], got a tensor without dimensions");
-  if (residual) {
-    embedding_lookup::check_same_device("residual", *residual, position_ids);
-    embedding_lookup::check_floating("residual", residual->scalar_type());
-    embedding_lookup::check_token_shape("residual", *residual, position_ids, hidden);
-  }
+  check(table.stride(rows_dim + 1) == 1 || hidden <= 1, "table must have a last stride of 1, got ",
+        table.stride(rows_dim + 1));
+  Lookup lookup =
+      embedding_lookup::make_lookup(position_ids, weights, padding, padding_id, "residual",
+                                    residual, table.size(rows_dim), hidden, shared);
+  check(shared || table.size(0) == lookup.num_entries, "position_ids must have shape [..., ",
+        table.size(0), "] to go with a table of ", table.size(0), " axes, got ",
+        embedding_lookup::Shape{position_ids.sizes()});
+  static_cast<embedding_lookup::Operand&>(lookup.table) = embedding_lookup::input(table);
+  lookup.table.entry_stride = shared ? 0 : table.stride(0);
+  lookup.table.row_stride = table.stride(rows_dim);
+  lookup.embedding_dtype = embedding_dtype.value_or(table.scalar_type());
+  check_floating("embedding_dtype", lookup.embedding_dtype);
 
-  embedding_lookup::Forward params{};
-  params.lookup = embedding_lookup::make_lookup(position_ids, padding, residual, padding_id,
-                                                table.size(0), table.size(1), hidden);
-  params.table = table.const_data_ptr();
-  params.table_dtype = table.scalar_type();
-  params.table_axis_stride = table.stride(0);
-  params.table_row_stride = table.stride(1);
-  params.out_dtype = table.scalar_type();
-  if (residual) {
-    params.residual = residual->const_data_ptr();
-    params.residual_dtype = residual->scalar_type();
-    params.residual_hidden_stride = residual->stride(residual->dim() - 1);
-    params.out_dtype = promote(table.scalar_type(), residual->scalar_type());
-  }
-  Tensor out =
-      torch::stable::new_empty(table, sizes_with_hidden(position_ids, hidden), params.out_dtype);
-  params.out = out.mutable_data_ptr();
-  if (out.numel() > 0) {
-    embedding_lookup::launch_forward(params, {position_ids, table, padding, residual, out});
-  }
+  std::vector<int64_t> sizes(position_ids.sizes().begin(), position_ids.sizes().end());
+  sizes.back() = hidden;
+  const ScalarType out_dtype =
+      residual ? promote(lookup.embedding_dtype, residual->scalar_type()) : lookup.embedding_dtype;
+  Tensor out = allocate("the result", sizes, out_dtype, position_ids.device());
+  lookup.out = embedding_lookup::output(out);
+  if (out.numel() > 0) embedding_lookup::launch_forward(lookup, position_ids.device());
   return out;
 }
 
 Tensor embedding_lookup_backward(const Tensor& grad, const Tensor& position_ids,
+                                 const std::optional<Tensor>& weights,
                                  const std::optional<Tensor>& padding,
-                                 std::optional<int64_t> padding_id, int64_t num_rows,
+                                 std::optional<int64_t> padding_id, int64_t num_rows, bool shared,
                                  ScalarType dtype) {
-  check(position_ids.dim() >= 1,
-        "position_ids must have shape [..., K], got a tensor without dimensions");
   check(grad.dim() >= 1, "grad must have shape [..., H], got a tensor without dimensions");
   check(num_rows >= 0, "num_rows must not be negative, got ", num_rows);
-  const int64_t num_axes = position_ids.size(position_ids.dim() - 1);
+  check_floating("dtype", dtype);
   const int64_t hidden = grad.size(grad.dim() - 1);
-  embedding_lookup::check_same_device("grad", grad, position_ids);
-  embedding_lookup::check_floating("grad", grad.scalar_type());
-  embedding_lookup::check_floating("dtype", dtype);
-  embedding_lookup::check_token_shape("grad", grad, position_ids, hidden);
-
-  embedding_lookup::Backward params{};
-  params.lookup = embedding_lookup::make_lookup(position_ids, padding, grad, padding_id, num_axes,
-                                                num_rows, hidden);
-  params.grad = grad.const_data_ptr();
-  params.grad_dtype = grad.scalar_type();
-  params.grad_hidden_stride = grad.stride(grad.dim() - 1);
-  Tensor grad_table = torch::stable::new_empty(grad, {num_axes, num_rows, hidden}, dtype);
-  params.grad_table = grad_table.mutable_data_ptr();
-  params.table_dtype = dtype;
-  if (grad_table.numel() > 0) {
-    embedding_lookup::launch_backward(params, {grad, position_ids, padding, grad_table});
-  }
+  Lookup lookup = embedding_lookup::make_lookup(position_ids, weights, padding, padding_id, "grad",
+                                                grad, num_rows, hidden, shared);
+  std::vector<int64_t> sizes = {num_rows, hidden};
+  if (!shared) sizes.insert(sizes.begin(), lookup.num_entries);
+  Tensor grad_table = allocate("the table's gradient", sizes, dtype, grad.device());
+  static_cast<embedding_lookup::Operand&>(lookup.table) = embedding_lookup::output(grad_table);
+  lookup.table.entry_stride = lookup.rows_per_entry * hidden;
+  lookup.table.row_stride = hidden;
+  if (grad_table.numel() > 0) embedding_lookup::launch_backward(lookup, grad.device());
   return grad_table;
+}
+
+std::tuple<Tensor, Tensor> vision_interpolation(const Tensor& grid_thw, int64_t num_grid_per_side,
+                                                int64_t num_patches, bool bicubic,
+                                                bool align_corners, int64_t spatial_merge_size,
+                                                bool zeros) {
+  embedding_lookup::Interpolation interpolation = embedding_lookup::make_interpolation(
+      grid_thw, num_grid_per_side, num_patches, bicubic, align_corners, spatial_merge_size, zeros);
+  const std::vector<int64_t> sizes = {num_patches, bicubic ? 16 : 4};
+  Tensor ids = allocate("the ids", sizes, ScalarType::Long, grid_thw.device());
+  Tensor weights = allocate("the weights", sizes, ScalarType::Float, grid_thw.device());
+  interpolation.ids = embedding_lookup::output(ids);
+  interpolation.weights = embedding_lookup::output(weights);
+  embedding_lookup::launch_interpolation(interpolation, grid_thw.device());
+  return {ids, weights};
 }
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
-      "forward(Tensor position_ids, Tensor table, Tensor? padding, Tensor? residual, "
-      "int? padding_id) -> Tensor");
+      "forward(Tensor position_ids, Tensor table, Tensor? weights, Tensor? padding, "
+      "Tensor? residual, int? padding_id, ScalarType? embedding_dtype) -> Tensor");
   ops.def(
-      "backward(Tensor grad, Tensor position_ids, Tensor? padding, int? padding_id, "
-      "SymInt num_rows, ScalarType dtype) -> Tensor");
+      "backward(Tensor grad, Tensor position_ids, Tensor? weights, Tensor? padding, "
+      "int? padding_id, SymInt num_rows, bool shared, ScalarType dtype) -> Tensor");
+  ops.def(
+      "interpolation(Tensor grid_thw, int num_grid_per_side, SymInt num_patches, bool bicubic, "
+      "bool align_corners, int spatial_merge_size, bool zeros) -> (Tensor, Tensor)");
 #if defined(CPU_KERNEL)
   ops.def("cpu_capability() -> str");
 #endif
@@ -129,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, MPS, ops) {
 #endif
   ops.impl("forward", TORCH_BOX(&embedding_lookup_forward));
   ops.impl("backward", TORCH_BOX(&embedding_lookup_backward));
+  ops.impl("interpolation", TORCH_BOX(&vision_interpolation));
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

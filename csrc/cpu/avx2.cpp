@@ -16,6 +16,7 @@
 #include "kernels.h"
 
 namespace embedding_lookup {
-const CpuKernels kAvx2 = {"avx2", avx2::forward, avx2::accumulate, avx2::store};
+const CpuKernels kAvx2 = {"avx2",      avx2::forward, avx2::accumulate,
+                          avx2::store, avx2::gather,  avx2::clear};
 }
 #endif

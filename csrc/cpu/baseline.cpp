@@ -12,5 +12,6 @@
 #include "kernels.h"
 
 namespace embedding_lookup {
-const CpuKernels kBaseline = {"default", baseline::forward, baseline::accumulate, baseline::store};
+const CpuKernels kBaseline = {"default",       baseline::forward, baseline::accumulate,
+                              baseline::store, baseline::gather,  baseline::clear};
 }

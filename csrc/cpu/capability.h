@@ -1,5 +1,4 @@
-// The seam between launch.cpp and the instruction sets: one CpuKernels for each, and the walk over
-// the tokens that both sides share.
+// The seam between the launchers and the instruction sets: one CpuKernels for each.
 
 #pragma once
 
@@ -13,24 +12,50 @@
 
 namespace embedding_lookup {
 
-// What launch.cpp calls, one set per instruction set.
+// The type of the backward's sums. float64 for a float32 table keeps a sum of thousands of terms
+// within one unit in the last place; the sums stay in the cache, so no more goes to memory for it.
+inline int64_t sum_size(ScalarType table_dtype) { return element_size(table_dtype) == 2 ? 4 : 8; }
+
+// The entries of a backward in the order of their rows, those of a row by (token, k).
+struct SortedEntries {
+  const int64_t* begin_of_row;  // [total_rows + 1] where each row's entries begin
+  const int64_t* offsets;       // [entries] of an entry's gradient, in elements
+  const float* weights;         // [entries], or null if there are none
+};
+
+// A rectangle of the table's gradient.
+struct Region {
+  int64_t row;
+  int64_t end_row;
+  int64_t column;
+  int64_t end_column;
+};
+
+// What the launchers call, one set per instruction set.
 struct CpuKernels {
   // The name that ATEN_CPU_CAPABILITY and torch.backends.cpu.get_cpu_capability() use, lower case.
   const char* name;
 
-  // The forward of tokens [begin, end). Returns the position (token * K + axis) of the first id
-  // that is too large, whose token is left unwritten, or -1. `stream`: write the result past the
-  // caches, which takes rows that start at multiples of 64 bytes.
-  int64_t (*forward)(const Forward& params, int64_t begin, int64_t end, bool stream);
+  // The forward of tokens [begin, end). Returns the number (token * K + k) of the first entry whose
+  // id is too large, whose token is left unwritten, or -1. `stream`: write the result past the
+  // caches, which takes activations that start at multiples of 64 bytes.
+  int64_t (*forward)(const Lookup& lookup, int64_t begin, int64_t end, bool stream);
 
-  // Adds columns [column, column + width) of the gradient to `sums` [slots, width]: token t is
-  // added to the rows slots[t * K + axis] that are not -1. The sums are float32 for a 16-bit table,
-  // else float64.
-  void (*accumulate)(const Backward& params, const int32_t* slots, int64_t column, int64_t width,
+  // Adds columns [column, column + width) of the gradient to `sums` [slots, width]: token t's,
+  // times its weights, to the rows slots[t * K + k] of them that are not -1.
+  void (*accumulate)(const Lookup& lookup, const int32_t* slots, int64_t column, int64_t width,
                      void* sums);
 
   // Rounds a row of sums to the table's dtype.
-  void (*store)(const Backward& params, const void* sums, int64_t width, void* out);
+  void (*store)(const Lookup& lookup, const void* sums, int64_t width, void* out);
+
+  // Writes a region of the table's gradient, each row from the entries that read it. `stream` as
+  // above.
+  void (*gather)(const Lookup& lookup, const SortedEntries& entries, const Region& region,
+                 bool stream);
+
+  // Writes zeros. `stream` as above, but from any address.
+  void (*clear)(void* out, int64_t bytes, bool stream);
 };
 
 extern const CpuKernels kBaseline;
@@ -39,52 +64,31 @@ extern const CpuKernels kAvx2;
 extern const CpuKernels kAvx512;
 #endif
 
-// Walks the tokens in order, keeping the element offset of each tensor.
-struct TokenCursor {
-  const Lookup& lookup;
-  int64_t index[kMaxTokenDims];
-  int64_t ids = 0;
-  int64_t padding = 0;
-  int64_t rows = 0;
+// Those of this CPU.
+const CpuKernels& kernels();
 
-  TokenCursor(const Lookup& lookup, int64_t token) : lookup(lookup) {
-    for (int dim = lookup.num_token_dims - 1; dim >= 0; --dim) {
-      index[dim] = token % lookup.token_sizes[dim];
-      token /= lookup.token_sizes[dim];
-      ids += index[dim] * lookup.ids_strides[dim];
-      padding += index[dim] * lookup.padding_strides[dim];
-      rows += index[dim] * lookup.rows_strides[dim];
-    }
-  }
+// A fresh result's pages cost several times what writing it does. Asking for huge ones, as
+// PyTorch's allocator does with THP_MEM_ALLOC_ENABLE=1, saves most of that. It is advice: whether
+// it is taken changes nothing but the time.
+void advise_huge_pages(void* data, int64_t bytes);
 
-  void next() {
-    for (int dim = lookup.num_token_dims - 1; dim >= 0; --dim) {
-      ids += lookup.ids_strides[dim];
-      padding += lookup.padding_strides[dim];
-      rows += lookup.rows_strides[dim];
-      if (++index[dim] < lookup.token_sizes[dim]) return;
-      index[dim] = 0;
-      ids -= lookup.ids_strides[dim] * lookup.token_sizes[dim];
-      padding -= lookup.padding_strides[dim] * lookup.token_sizes[dim];
-      rows -= lookup.rows_strides[dim] * lookup.token_sizes[dim];
-    }
-  }
+// Has the system make all pages of what is about to be written at once, which takes it half of what
+// a fault for each of them does. Where there are huge pages it changes nothing. Advice, too.
+// Only for results of kFreshBytes or more: glibc's malloc maps those anew each time, where smaller
+// ones are mostly memory that was there before, of which to look at each page costs more than it
+// saves.
+constexpr int64_t kFreshBytes = int64_t{32} << 20;
+void populate(void* data, int64_t bytes);
 
-  int64_t id(int64_t axis) const {
-    const int64_t offset = ids + axis * lookup.ids_axis_stride;
-    return lookup.ids_are_int64 ? static_cast<const int64_t*>(lookup.ids)[offset]
-                                : static_cast<const int32_t*>(lookup.ids)[offset];
-  }
+// Elements below which a thread is not worth waking.
+constexpr int64_t kGrainElements = 32768;
 
-  // The table row that this token reads on an axis, or -1 for none. It is up to the caller to
-  // reject rows >= num_rows.
-  int64_t row(int64_t axis) const {
-    const int64_t value = id(axis);
-    if (lookup.has_padding_id && value == lookup.padding_id) return -1;
-    return value < 0 ? 0 : value;
-  }
+// With an input as large, a result of this size has no place in the level 3 cache that a few cores
+// share on most CPUs, so it is written past the caches. (The size that the system reports is no
+// guide: on a virtual machine it is all of the host's.)
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
-  bool is_padding() const { return lookup.padding != nullptr && lookup.padding[padding]; }
-};
+// Becomes an IndexError in Python.
+[[noreturn]] void throw_id_too_large(const Lookup& lookup, int64_t entry);
 
 }  // namespace embedding_lookup
