@@ -1,51 +1,74 @@
 #!/usr/bin/env bash
-# Everything to be done on a machine with an NVIDIA GPU, in ten minutes and without a network:
+# What to do on a machine with an NVIDIA GPU, in phases of less than eight minutes, without a network:
 #
-#     tools/gpu_check.sh [FOLDER]     # default: benchmarks/results
+#     tools/gpu_check.sh                     # all of them, in this order
+#     tools/gpu_check.sh smoke bench         # some
+#     tools/gpu_check.sh --device simt       # a rehearsal, with tests/simt in place of the GPU
 #
-# the tests of the CUDA variant, the four tools of compute-sanitizer, and the benchmarks of the shapes
-# that matter, as JSON with the date, GPU, driver, torch and commit. Wants a build of the CUDA variant
-# in build/ (make cuda, made anywhere) and requirements.txt in $PYTHON, or python3.
+#     smoke      results; first of all, whether eager sums four rows in our order
+#     bench      times of ours, of the peers and of a copy, into benchmarks/results/gpu_*.json
+#     test       the tests of the CUDA variant
+#     sanitize   the four tools of compute-sanitizer, on our kernels
+#     profile    times of each kernel, into benchmarks/results/gpu_*.json
 #
-# A failure doesn't stop it; it ends with a list of what failed, and their number as its status.
+# Wants a build of the CUDA variant in build/ (make cuda, made anywhere), and in $PYTHON, or python3:
+# torch 2.11 or later for CUDA 13, pytest, hypothesis and `kernels`. No phase stops the next one; it ends with
+# a list of what failed, and their number as its status.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=$(realpath -m "${1:-benchmarks/results}")
-mkdir -p "$results"
 python=${PYTHON:-python3}
+device=cuda
+if [[ ${1:-} == --device ]]; then
+  device=$2
+  shift 2
+fi
+phases=("$@")
+[[ ${#phases[@]} -eq 0 ]] && phases=(smoke bench test sanitize profile)
 failed=()
 
-step() {
+run() {
   local name=$1
   shift
   echo "== $name ($SECONDS s)"
-  "$@" || failed+=("$name")
+  timeout 480 "$@" || failed+=("$name")
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-step "tests" "$python" -m pytest -q -p no:cacheprovider -k "cuda and not simt" tests/test_op.py \
-  tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cuda.py
+# By the names that pytest gives the variants.
+if [[ $device == simt ]]; then variant="cuda-simt"; else variant="cuda and not simt"; fi
+# Every kernel, with vectors and without. The sanitizer makes them slow.
+few="$variant and (every_length or no_tokens or special_values or many_token_dimensions or one_hot)"
+pytest=("$python" -m pytest -q -p no:cacheprovider)
 
-# A part of the tests: every kernel, with vectors and without. The tools make them slow.
-few="cuda and not simt and (every_length or no_tokens or special_values or many_token_dimensions or one_hot)"
-for tool in memcheck racecheck initcheck synccheck; do
-  step "compute-sanitizer $tool" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    "$python" -m pytest -q -p no:cacheprovider -k "$few" tests/test_op.py
+[[ $device == cuda ]] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+for phase in "${phases[@]}"; do
+  case $phase in
+    smoke | bench | profile)
+      arguments=(--device "$device")
+      # A rehearsal's numbers are nobody's results.
+      [[ $device == simt ]] && arguments+=(--json ".build/rehearsal/$phase.json")
+      run "$phase" "$python" benchmarks/gpu.py "$phase" "${arguments[@]}"
+      ;;
+    test)
+      tests=(tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_cuda.py)
+      [[ $device == simt ]] && tests=(tests/test_op.py -k "$few") || tests+=(-k "$variant")
+      run test "${pytest[@]}" "${tests[@]}"
+      ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck synccheck; do
+        sanitizer=(timeout 115 compute-sanitizer --tool "$tool" --error-exitcode 1
+          --kernel-name kernel_substring=embedding_lookup)
+        [[ $device == simt ]] && sanitizer=(env "SANITIZER_REHEARSED=$tool")
+        run "sanitize $tool" "${sanitizer[@]}" "${pytest[@]}" -k "$few" tests/test_op.py
+        [[ $device == simt ]] && break
+      done
+      ;;
+    *)
+      echo "no phase $phase: it is smoke, bench, test, sanitize or profile" >&2
+      exit 2
+      ;;
+  esac
 done
 
-bench() {
-  local name=$1
-  shift
-  step "$name" "$python" benchmarks/compare.py --device cuda --dtype bf16 "$@" \
-    --json "$results/$name.json"
-}
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')
-bench "${gpu}_grid_768" --batch 40 --hidden 768
-bench "${gpu}_grid_1152" --batch 40 --hidden 1152
-bench "${gpu}_image_768" --batch 1 --hidden 768
-bench "${gpu}_random_768" --batch 40 --hidden 768 --ids random
-bench "${gpu}_single_768" --batch 40 --hidden 768 --ids single
-
-echo "== done in $SECONDS s, results in $results"
+echo "== done in $SECONDS s"
 for name in "${failed[@]}"; do echo "FAILED: $name"; done
 exit "${#failed[@]}"

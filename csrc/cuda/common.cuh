@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/macros/Macros.h>
@@ -36,97 +38,101 @@ constexpr int kVectorBytes = 16;
 // ---------------------------------------------------------------------------------------------
 // Vectors.
 
-// N neighbouring elements, accessed in words of up to 16 bytes: their address must be a multiple of
-// the vector's size, or of 16 bytes if that is less. The elements stay packed until they are asked
-// for: unpacked ones take twice the registers in 16 bits.
+// N neighbouring elements, read and written in words of up to 16 bytes: their address must be a
+// multiple of the vector's size, or of 16 bytes if that is less.
 template <typename T, int N>
-class Vector {
+struct Vector {
   static constexpr int kBytes = sizeof(T) * N;
-  using Part = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
-  static constexpr int kPerPart = sizeof(Part) / sizeof(T);
-  Part parts_[kBytes / sizeof(Part)] = {};
-
- public:
   using Word = std::conditional_t<
       kBytes % 16 == 0, uint4,
       std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
   static constexpr int kWords = kBytes / sizeof(Word);
+  Word words[kWords];
 
-  __device__ __forceinline__ Word word(int i) const {
-    Word word;
-    std::memcpy(&word, parts_ + i * (sizeof(Word) / sizeof(Part)), sizeof(word));
-    return word;
+  __device__ __forceinline__ void unpack(T (&elements)[N]) const {
+    std::memcpy(elements, words, kBytes);
   }
-  __device__ __forceinline__ void set_word(int i, Word word) {
-    std::memcpy(parts_ + i * (sizeof(Word) / sizeof(Part)), &word, sizeof(word));
-  }
-
-  __device__ __forceinline__ float get(int i) const {
-    const auto bits = static_cast<std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>(
-        parts_[i / kPerPart] >> (i % kPerPart * 16));
-    T value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return static_cast<float>(value);
-  }
-  // Once per element, of a vector of zeros. Rounds.
-  __device__ __forceinline__ void set(int i, float value) {
-    const T rounded = static_cast<T>(value);
-    std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> bits;
-    std::memcpy(&bits, &rounded, sizeof(bits));
-    parts_[i / kPerPart] |= static_cast<Part>(bits) << (i % kPerPart * 16);
+  __device__ __forceinline__ void pack(const T (&elements)[N]) {
+    std::memcpy(words, elements, kBytes);
   }
 };
 
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> filled(float value) {
+  T elements[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) elements[n] = static_cast<T>(value);
+  Vector<T, N> vector;
+  vector.pack(elements);
+  return vector;
+}
+
 enum class Cache {
-  kKeep,   // read again soon, and written by nobody during the kernel
+  kKeep,   // read again soon
   kStream  // read once: first to be evicted
 };
 
+// Of what nobody writes during the kernel, nor during one that may still run when it starts.
 template <int N, Cache kCache, typename T>
 __device__ __forceinline__ Vector<T, N> load(const T* address) {
   const auto* words = reinterpret_cast<const typename Vector<T, N>::Word*>(address);
   Vector<T, N> vector;
 #pragma unroll
   for (int i = 0; i < Vector<T, N>::kWords; ++i) {
-    vector.set_word(i, kCache == Cache::kKeep ? __ldg(words + i) : __ldcs(words + i));
+    vector.words[i] = kCache == Cache::kKeep ? __ldg(words + i) : __ldcs(words + i);
   }
   return vector;
 }
 
-// To shared memory, or to be read soon by the next kernel.
-template <int N, typename T>
-__device__ __forceinline__ void store(T* address, const Vector<T, N>& vector) {
-#pragma unroll
-  for (int i = 0; i < Vector<T, N>::kWords; ++i) {
-    reinterpret_cast<typename Vector<T, N>::Word*>(address)[i] = vector.word(i);
-  }
-}
-
-// Not read again by these kernels.
+// Not read again soon.
 template <int N, typename T>
 __device__ __forceinline__ void store_streaming(T* address, const Vector<T, N>& vector) {
 #pragma unroll
   for (int i = 0; i < Vector<T, N>::kWords; ++i) {
-    __stcs(reinterpret_cast<typename Vector<T, N>::Word*>(address) + i, vector.word(i));
+    __stcs(reinterpret_cast<typename Vector<T, N>::Word*>(address) + i, vector.words[i]);
   }
 }
 
-// Whether every row of N-element vectors that starts at `data` plus a multiple of the strides may
-// be accessed as vectors.
-inline bool can_vectorise(const void* data, int64_t element_size, int n,
+// Sums in float32, moved as vectors of up to four.
+template <int N>
+__device__ __forceinline__ void load_sums(const float* address, float (&sums)[N]) {
+  constexpr int kWidth = N % 4 == 0 ? 4 : 1;
+  using Word = typename Vector<float, kWidth>::Word;
+#pragma unroll
+  for (int n = 0; n < N; n += kWidth) {
+    const Word word = *reinterpret_cast<const Word*>(address + n);
+    std::memcpy(sums + n, &word, sizeof(word));
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_sums(float* address, const float (&sums)[N]) {
+  constexpr int kWidth = N % 4 == 0 ? 4 : 1;
+  using Word = typename Vector<float, kWidth>::Word;
+#pragma unroll
+  for (int n = 0; n < N; n += kWidth) {
+    Word word;
+    std::memcpy(&word, sums + n, sizeof(word));
+    *reinterpret_cast<Word*>(address + n) = word;
+  }
+}
+
+// Whether vectors of N elements may be accessed at `address` plus any multiple of the strides,
+// which count elements.
+inline bool can_vectorise(const void* address, int64_t element_size, int n,
                           std::initializer_list<int64_t> strides) {
   const int64_t bytes = std::min<int64_t>(n * element_size, kVectorBytes);
-  if (reinterpret_cast<uintptr_t>(data) % bytes != 0) return false;
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) return false;
   return std::all_of(strides.begin(), strides.end(),
                      [&](int64_t stride) { return stride * element_size % bytes == 0; });
 }
 
-inline bool can_vectorise_rows(const Lookup& lookup, const void* data, int64_t element_size, int n,
-                               int64_t hidden_stride) {
-  bool result =
-      lookup.hidden % n == 0 && hidden_stride == 1 && can_vectorise(data, element_size, n, {});
+// The same of an activation's columns, for all tokens.
+inline bool can_vectorise_activation(const Lookup& lookup, int64_t element_size, int n) {
+  const TokenOperand& activation = lookup.activation;
+  const auto* data = activation.data<const char>();
+  bool result = activation.last_stride == 1 && can_vectorise(data, element_size, n, {});
   for (int dim = 0; dim < lookup.num_token_dims; ++dim) {
-    result = result && can_vectorise(data, element_size, n, {lookup.rows_strides[dim]});
+    result = result && can_vectorise(data, element_size, n, {activation.token_strides[dim]});
   }
   return result;
 }
@@ -134,47 +140,32 @@ inline bool can_vectorise_rows(const Lookup& lookup, const void* data, int64_t e
 // ---------------------------------------------------------------------------------------------
 // Tokens.
 
-// Where a token's entries begin in each tensor, in elements.
-struct TokenOffsets {
-  int64_t ids = 0;
-  int64_t padding = 0;
-  int64_t rows = 0;
+// An entry's id as it was read, which doesn't wait for it.
+struct RawId {
+  uint32_t low = 0, high = 0;
 };
 
-// Without a division where the leading dimensions merged into one, as those of contiguous tensors
-// do.
-__device__ __forceinline__ TokenOffsets token_offsets(const Lookup& lookup, uint32_t token) {
-  TokenOffsets offsets;
-#pragma unroll 1
-  for (int dim = lookup.num_token_dims - 1; dim > 0; --dim) {
-    const auto size = static_cast<uint32_t>(lookup.token_sizes[dim]);
-    const uint32_t index = token % size;
-    token /= size;
-    offsets.ids += index * lookup.ids_strides[dim];
-    offsets.padding += index * lookup.padding_strides[dim];
-    offsets.rows += index * lookup.rows_strides[dim];
-  }
-  offsets.ids += token * lookup.ids_strides[0];
-  offsets.padding += token * lookup.padding_strides[0];
-  offsets.rows += token * lookup.rows_strides[0];
-  return offsets;
-}
-
-__device__ __forceinline__ bool is_padding(const Lookup& lookup, const TokenOffsets& offsets) {
-  return lookup.padding != nullptr && lookup.padding[offsets.padding];
+__device__ __forceinline__ RawId load_id(const Lookup& lookup, const TokenOffsets& offsets, int k) {
+  const int64_t offset = offsets.ids + k * lookup.ids.last_stride;
+  const bool is_wide = lookup.ids.dtype == ScalarType::Long;
+  const auto* halves = lookup.ids.data<const uint32_t>() + (is_wide ? 2 * offset : offset);
+  RawId id;
+  id.low = __ldg(halves);
+  if (is_wide) id.high = __ldg(halves + 1);
+  return id;
 }
 
 constexpr int64_t kNoRow = -1;
 
-// The table row that a token reads on an axis, or kNoRow. Too large an id is an assertion, as in
-// F.embedding, and never an address.
-__device__ __forceinline__ int64_t load_row(const Lookup& lookup, const TokenOffsets& offsets,
-                                            int64_t axis) {
-  const int64_t offset = offsets.ids + axis * lookup.ids_axis_stride;
-  const int64_t id = lookup.ids_are_int64 ? __ldg(static_cast<const int64_t*>(lookup.ids) + offset)
-                                          : __ldg(static_cast<const int32_t*>(lookup.ids) + offset);
+// The row of its table that an entry reads, or kNoRow: here alone padding, padding_id and ids below
+// zero are resolved. Too large an id is an assertion, as in F.embedding, and never an address.
+__device__ __forceinline__ int64_t resolve_row(const Lookup& lookup, RawId raw, bool padding) {
+  const int64_t id = lookup.ids.dtype == ScalarType::Long
+                         ? static_cast<int64_t>(uint64_t{raw.high} << 32 | raw.low)
+                         : static_cast<int32_t>(raw.low);
   if (lookup.has_padding_id && id == lookup.padding_id) return kNoRow;
   CUDA_KERNEL_ASSERT(id < lookup.num_rows && "position_ids must be less than the table's rows");
+  if (padding) return kNoRow;
   return id < 0 ? 0 : id;
 }
 
@@ -203,35 +194,79 @@ void dispatch(ScalarType dtype, const Function& function) {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("fused_embedding_lookup: ") + what + ": " +
+  throw std::runtime_error(std::string("fused_embedding_lookup failed: ") + what + ": " +
                            cudaGetErrorString(error));
 }
 
-// Tokens are counted in 32 bits: dividing 64-bit numbers takes a GPU a hundred instructions.
-inline void check_num_tokens(const Lookup& lookup) {
+// Tokens and columns are counted in 32 bits: dividing 64-bit numbers takes a GPU a hundred
+// instructions. Offsets have 64.
+inline void check_counts(const Lookup& lookup) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   check(lookup.num_tokens <= kMax, "position_ids must have at most ", kMax, " tokens on CUDA, got ",
         lookup.num_tokens);
+  check(lookup.num_columns <= kMax / 2, "table must have at most ", kMax / 2,
+        " columns on CUDA, got ", lookup.num_columns);
 }
 
 // The stream on which PyTorch's own kernels for the current device run.
-inline cudaStream_t current_stream(const Tensor& tensor) {
+inline cudaStream_t current_stream(torch::stable::Device device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// A kernel is loaded when it is first launched. Should that be while a graph is captured, the
+// loading is nothing that the graph has to hold, and the capture must not refuse it.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Whether `kernel` may be launched while the one before it still runs: it waits for that one only
+// in the code for 9.0 and later, which need not be the code that a build has for such a device.
+template <typename Params>
+bool can_overlap(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "asking what a kernel was compiled for");
+  return attributes.ptxVersion >= 90;
+}
+
+// How a kernel follows the one before it on the stream.
+enum class Follow {
+  kWhenDone,
+  kOverlapping  // starts early, and calls wait_for_previous_kernel
+};
+
+// The first thing in every thread of a kernel that may overlap: from here on, what the kernels
+// before wrote can be read. The next kernel may be started now, which then waits here itself.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
 }
 
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
-            cudaStream_t stream, const Params& params) {
+            cudaStream_t stream, const Params& params, Follow follow = Follow::kWhenDone) {
   check(blocks <= std::numeric_limits<int32_t>::max(),
         "the arguments are too large for CUDA: ", name, " would take ", blocks, " blocks");
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = follow == Follow::kOverlapping ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 

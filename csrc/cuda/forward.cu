@@ -1,131 +1,315 @@
-// out[t, h] = residual[t, h] + (padding[t] ? 0 : sum over k of table[k, max(ids[t, k], 0), h])
+// out[t, h] = residual[t, h] + (padding[t] ? 0 : sum over k of weights[t, k] * table[row_k, h])
 //
-// One warp per token, eight tokens a block; a lane takes every 32nd vector of N columns. Lane k
-// reads the token's id on axis k and the warp shares it, so each id is read once. The vectors of
-// the residual are requested before the ids are waited for, kUnroll at a time, then those of the
-// table.
+// One warp a token. A load is waited for only when all that can be requested before it has been:
+//
+//   1. ids, weights and padding    lane k looks after entry k (and k + 32, if K may be that large)
+//   2. the residual                so that it arrives with the ids, not after them
+//   3. the entries' rows           their addresses need the ids
+//   4. the sums
 //
 // Memory traffic: the residual is read and the output written once, past the caches; the rows of
-// the table in use (about 100 for an image) stay in the caches. For H = 768 in 16 bits that is
-// three vectors of 16 bytes a lane, all in flight together.
+// the table in use (about 100 for an image) stay in the caches.
 
 #include "common.cuh"
 
 namespace embedding_lookup {
 namespace {
 
+// Tokens a block, and the blocks that a multiprocessor is to have room for: 64 registers a thread
+// with two entries, and 80 with more, each of whose rows has loads in flight. Not tuned.
 constexpr int kWarps = 8;
-constexpr int kUnroll = 3;
+constexpr int kBlocks(int num_entries) { return num_entries == 2 ? 4 : 3; }
 
-// K axes, or as many as the lookup has if K is 0.
-template <typename Table, typename Residual, int N, int K>
-__global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Forward params) {
-  // torch.promote_types of two of float32, float16 and bfloat16.
-  using Out = std::conditional_t<std::is_same_v<Table, Residual>, Table, float>;
-  constexpr int kMaxK = K > 0 ? K : kMaxAxes;
-  constexpr int kStep = kWarpSize * N;
+// ---------------------------------------------------------------------------------------------
+// Arithmetic.
 
-  const Lookup& lookup = params.lookup;
-  const int num_axes = K > 0 ? K : static_cast<int>(lookup.num_axes);
+__device__ __forceinline__ __half2 add_pairs(__half2 a, __half2 b) { return __hadd2_rn(a, b); }
+__device__ __forceinline__ __nv_bfloat162 add_pairs(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hadd2_rn(a, b);
+}
+
+// a + b in 16 bits, two elements an instruction. A float32 sum rounded to 16 bits is the same
+// number, because float32 has more than twice their significant bits, and two.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> add_packed(const Vector<T, N>& a, const Vector<T, N>& b) {
+  using Pair = std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162>;
+  Pair left[N / 2], right[N / 2];
+  std::memcpy(left, a.words, sizeof(left));
+  std::memcpy(right, b.words, sizeof(right));
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) left[i] = add_pairs(left[i], right[i]);
+  Vector<T, N> sum;
+  std::memcpy(sum.words, left, sizeof(left));
+  return sum;
+}
+
+__device__ __forceinline__ float round_to(ScalarType dtype, float value) {
+  if (dtype == ScalarType::Half) return static_cast<float>(static_cast<Half>(value));
+  if (dtype == ScalarType::BFloat16) return static_cast<float>(static_cast<BFloat16>(value));
+  return value;
+}
+
+// sum += weight * term, both rounded: never fused.
+template <bool kWeighted, typename T, int N>
+__device__ __forceinline__ void add_term(const Vector<T, N>& term, float weight, float (&sum)[N]) {
+  T elements[N];
+  term.unpack(elements);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const auto element = static_cast<float>(elements[n]);
+    sum[n] = __fadd_rn(sum[n], kWeighted ? __fmul_rn(weight, element) : element);
+  }
+}
+
+// Residual + e. kAnyDtype: what e is rounded to need not be a dtype of the template.
+template <typename Out, bool kAnyDtype, typename Residual, int N>
+__device__ __forceinline__ Vector<Out, N> add_residual(const Lookup& lookup,
+                                                       const Vector<Residual, N>& residual,
+                                                       const float (&sum)[N]) {
+  Residual residuals[N];
+  residual.unpack(residuals);
+  Out results[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float e = static_cast<float>(static_cast<Out>(sum[n]));
+    if constexpr (kAnyDtype && std::is_same_v<Out, float>) e = round_to(lookup.embedding_dtype, e);
+    results[n] = static_cast<Out>(static_cast<float>(residuals[n]) + e);
+  }
+  Vector<Out, N> result;
+  result.pack(results);
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Requests.
+
+template <bool kResidual, typename Residual, int N, int kUnroll>
+__device__ __forceinline__ void load_residuals(const Lookup& lookup, const TokenOffsets& token,
+                                               int column,
+                                               Vector<Residual, N> (&residuals)[kUnroll]) {
+  const auto* residual = lookup.activation.data<const Residual>() + token.activation;
+  const int64_t stride = N == 1 ? lookup.activation.last_stride : 1;
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int c = column + u * kWarpSize * N;
+    residuals[u] = filled<Residual, N>(-0.0f);
+    if (kResidual && lookup.activation.present() && c < lookup.num_columns) {
+      residuals[u] = load<N, Cache::kStream>(residual + c * stride);
+    }
+  }
+}
+
+// The entries of a warp's token, kSlots a lane: entry k is in slot k / 32 of lane k % 32.
+template <int kSlots>
+struct Entries {
+  RawId ids[kSlots];
+  float weights[kSlots];
+  int64_t offsets[kSlots];  // of the row, from the table's first element
+  unsigned rows[kSlots];    // a bit for each lane whose entry has a row
+
+  // The last one again for the lanes that have none: a branch would be waited in.
+  __device__ __forceinline__ static int entry(const Lookup& lookup, int slot, int lane) {
+    return min(slot * kWarpSize + lane, static_cast<int>(lookup.num_entries) - 1);
+  }
+
+  template <bool kWeighted>
+  __device__ __forceinline__ void request(const Lookup& lookup, const TokenOffsets& token,
+                                          int lane) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int k = entry(lookup, slot, lane);
+      ids[slot] = load_id(lookup, token, k);
+      weights[slot] = kWeighted ? read_weight(lookup, token, k) : 1.0f;
+    }
+  }
+
+  // An entry without a row has a weight of zero, and a term of zero.
+  __device__ __forceinline__ void resolve(const Lookup& lookup, bool padding, int lane) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int k = entry(lookup, slot, lane);
+      const int64_t row = resolve_row(lookup, ids[slot], padding);
+      rows[slot] = __ballot_sync(kAllLanes, row != kNoRow);
+      if (row == kNoRow) weights[slot] = 0.0f;
+      offsets[slot] =
+          row == kNoRow ? 0 : k * lookup.table.entry_stride + row * lookup.table.row_stride;
+    }
+  }
+
+  // What the lane that looks after entry k knows, on all lanes.
+  __device__ __forceinline__ bool has_row(int k) const {
+    const unsigned lanes = kSlots == 1 || k < kWarpSize ? rows[0] : rows[kSlots - 1];
+    return (lanes >> k % kWarpSize & 1) != 0;
+  }
+  __device__ __forceinline__ int64_t offset_of(int k) const {
+    const int64_t offset = kSlots == 1 || k < kWarpSize ? offsets[0] : offsets[kSlots - 1];
+    return __shfl_sync(kAllLanes, offset, k % kWarpSize);
+  }
+  __device__ __forceinline__ float weight_of(int k) const {
+    const float weight = kSlots == 1 || k < kWarpSize ? weights[0] : weights[kSlots - 1];
+    return __shfl_sync(kAllLanes, weight, k % kWarpSize);
+  }
+};
+
+// The rows of kBatch entries from `first` on, of which `num_entries` are there, added in order. A
+// lane has kUnroll vectors of each, of which those that begin before num_columns are there.
+template <bool kWeighted, bool kPacked, int kBatch, int kUnroll, typename Table, int N, int kSlots>
+__device__ __forceinline__ void add_rows(const Entries<kSlots>& entries, const Table* table,
+                                         int first, int num_entries, int column, int num_columns,
+                                         float (&sums)[kUnroll][N],
+                                         Vector<Table, N> (&packed_sums)[kUnroll]) {
+  // What the lanes tell each other comes first: no load can be moved ahead of it.
+  const Table* rows[kBatch];
+  bool has_row[kBatch];
+  float weights[kBatch];
+#pragma unroll
+  for (int b = 0; b < kBatch; ++b) {
+    const int k = min(first + b, num_entries - 1);
+    rows[b] = table + entries.offset_of(k);
+    has_row[b] = entries.has_row(k);
+    if (kWeighted) weights[b] = entries.weight_of(k);
+  }
+  Vector<Table, N> terms[kBatch][kUnroll];
+#pragma unroll
+  for (int i = 0; i < kBatch * kUnroll; ++i) {
+    const int b = i / kUnroll;
+    const int u = i % kUnroll;
+    const int c = column + u * kWarpSize * N;
+    terms[b][u] = filled<Table, N>(0.0f);
+    if (has_row[b] && c < num_columns) terms[b][u] = load<N, Cache::kKeep>(rows[b] + c);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if constexpr (kPacked) {
+      packed_sums[u] = add_packed(terms[0][u], terms[1][u]);
+    } else {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b < num_entries) add_term<kWeighted>(terms[b][u], weights[b], sums[u]);
+      }
+    }
+  }
+}
+
+// A block has kWarps tokens, a warp one of them. A lane takes every 32nd vector of N columns,
+// kUnroll of them at a time, of kBatch rows at a time.
+//
+// K entries a token. If K is 0, as many as the lookup has, with or without weights and a residual:
+// a weight of 1 and a residual of -0 change no bit.
+template <typename Table, typename Residual, typename Out, int N, int K, bool kWeighted,
+          bool kResidual>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks(K))
+    forward_kernel(const Lookup lookup) {
+  constexpr bool kPacked = K == 2 && !kWeighted && sizeof(Out) == 2;
+  constexpr int kBatch = K > 0 ? K : 4;
+  constexpr int kUnroll = K == 2 ? 3 : K == 4 ? 2 : 1;
+  constexpr int kStep = kUnroll * kWarpSize * N;
+  const auto num_columns = static_cast<int>(lookup.num_columns);
+  const int num_entries = K > 0 ? K : static_cast<int>(lookup.num_entries);
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t token = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   if (token >= lookup.num_tokens) return;
+
   const TokenOffsets offsets = token_offsets(lookup, token);
-
-  const auto* residual = static_cast<const Residual*>(params.residual);
-  const int64_t residual_stride = N == 1 ? params.residual_hidden_stride : 1;
-  Vector<Residual, N> residuals[kUnroll];
-  auto load_residuals = [&](int64_t first) {
-    if (residual == nullptr) return;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = first + u * kStep;
-      if (column < lookup.hidden) {
-        residuals[u] = load<N, Cache::kStream>(residual + offsets.rows + column * residual_stride);
-      }
-    }
-  };
-  load_residuals(lane * N);
-
+  static_assert(kMaxEntries == 2 * kWarpSize && K <= kWarpSize, "what two slots a lane hold");
+  Entries<K == 0 ? 2 : 1> entries;
+  entries.template request<kWeighted>(lookup, offsets, lane);
   const bool padding = is_padding(lookup, offsets);
-  int64_t lane_row = 0;
-  bool lane_has_row = false;
-  if (lane < num_axes) {
-    const int64_t row = load_row(lookup, offsets, lane);
-    lane_has_row = row != kNoRow && !padding;
-    if (lane_has_row) lane_row = lane * params.table_axis_stride + row * params.table_row_stride;
-  }
-  const unsigned has_row = __ballot_sync(kAllLanes, lane_has_row);
-  const Table* rows[kMaxK];
-#pragma unroll
-  for (int k = 0; k < kMaxK; ++k) {
-    rows[k] = static_cast<const Table*>(params.table) + __shfl_sync(kAllLanes, lane_row, k);
-  }
+  Vector<Residual, N> residuals[kUnroll];
+  load_residuals<kResidual>(lookup, offsets, lane * N, residuals);
+  entries.resolve(lookup, padding, lane);
 
-  Out* out = static_cast<Out*>(params.out) + int64_t{token} * lookup.hidden;
-  for (int64_t first = lane * N; first < lookup.hidden; first += kUnroll * kStep) {
-    // Zeros for an axis without a row, and so a sum of zero for padding.
-    Vector<Table, N> terms[kMaxK][kUnroll];
+  const auto* table = lookup.table.data<const Table>();
+  auto* out = lookup.out.data<Out>() + int64_t{token} * num_columns;
+  for (int begin = 0; begin < num_columns; begin += kStep) {
+    const int column = begin + lane * N;
+    if (begin > 0) load_residuals<kResidual>(lookup, offsets, column, residuals);
+    // From -0 on, which changes no bit of the first term; with weights from +0, as eager's sum
+    // does.
+    const float zero = kWeighted && (K > 0 || lookup.weights.present()) ? 0.0f : -0.0f;
+    float sums[kUnroll][N];
+    Vector<Table, N> packed_sums[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kMaxK; ++k) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t column = first + u * kStep;
-        if ((has_row >> k & 1) != 0 && column < lookup.hidden) {
-          terms[k][u] = load<N, Cache::kKeep>(rows[k] + column);
-        }
-      }
+    for (int i = 0; i < kUnroll * N; ++i) sums[i / N][i % N] = zero;
+    for (int k = 0; k < num_entries; k += kBatch) {
+      add_rows<kWeighted, kPacked, kBatch>(entries, table, k, num_entries, column, num_columns,
+                                           sums, packed_sums);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = first + u * kStep;
-      if (column >= lookup.hidden) break;
-      Vector<Out, N> results;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        // Not from 0 on, which would turn a sum of -0 into +0.
-        float sum = terms[0][u].get(i);
-#pragma unroll
-        for (int k = 1; k < kMaxK; ++k) {
-          if (k < num_axes) sum += terms[k][u].get(i);
-        }
-        float result = static_cast<float>(static_cast<Table>(sum));
-        if (residual != nullptr) result += residuals[u].get(i);
-        results.set(i, result);
+      const int c = column + u * kWarpSize * N;
+      if (c >= num_columns) break;
+      Vector<Out, N> result;
+      if constexpr (kPacked) {
+        result = kResidual ? add_packed(residuals[u], packed_sums[u]) : packed_sums[u];
+      } else {
+        result = add_residual<Out, K == 0>(lookup, residuals[u], sums[u]);
       }
-      store_streaming<N>(out + column, results);
+      store_streaming<N>(out + c, result);
     }
-    load_residuals(first + kUnroll * kStep);
   }
+}
+
+using Kernel = void (*)(Lookup);
+
+// The kernel for one dtype everywhere and whole vectors, where there is one: Gemma 4's lookup and
+// the Qwen3-VL family's. Null for others.
+template <typename T, int N>
+Kernel main_kernel(const Lookup& lookup) {
+  const bool weighted = lookup.weights.present();
+  const bool residual = lookup.activation.present();
+  if (lookup.num_entries == 2 && !weighted) {
+    return residual ? forward_kernel<T, T, T, N, 2, false, true>
+                    : forward_kernel<T, T, T, N, 2, false, false>;
+  }
+  if (lookup.num_entries == 4 && weighted) {
+    return residual ? forward_kernel<T, T, T, N, 4, true, true>
+                    : forward_kernel<T, T, T, N, 4, true, false>;
+  }
+  return nullptr;
+}
+
+template <typename Table, typename Residual, typename Out>
+Kernel choose_kernel(const Lookup& lookup) {
+  constexpr int N = kVectorBytes / std::max(sizeof(Table), sizeof(Residual));
+  const TableOperand& table = lookup.table;
+  const bool vectorise =
+      lookup.num_columns % N == 0 &&
+      can_vectorise(table.data<const char>(), sizeof(Table), N,
+                    {table.entry_stride, table.row_stride}) &&
+      (!lookup.activation.present() || can_vectorise_activation(lookup, sizeof(Residual), N));
+  if (!vectorise) return forward_kernel<Table, Residual, Out, 1, 0, true, true>;
+  if constexpr (std::is_same_v<Table, Residual> && std::is_same_v<Table, Out>) {
+    const bool one_dtype = lookup.embedding_dtype == table.dtype;
+    if (Kernel kernel = one_dtype ? main_kernel<Table, N>(lookup) : nullptr) return kernel;
+  }
+  return forward_kernel<Table, Residual, Out, N, 0, true, true>;
 }
 
 }  // namespace
 
-void launch_forward(const Forward& params, const ForwardTensors& tensors) {
-  const torch::stable::accelerator::DeviceGuard guard(tensors.table.get_device_index());
-  const Lookup& lookup = params.lookup;
-  check_num_tokens(lookup);
-  const bool has_residual = params.residual != nullptr;
-  dispatch(params.table_dtype, [&](auto table_type) {
-    dispatch(has_residual ? params.residual_dtype : params.table_dtype, [&](auto residual_type) {
+void launch_forward(const Lookup& lookup, torch::stable::Device device) {
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
+  const RelaxedCapture relaxed;
+  check_counts(lookup);
+  const bool has_residual = lookup.activation.present();
+  const ScalarType residual_dtype = has_residual ? lookup.activation.dtype : lookup.embedding_dtype;
+  dispatch(lookup.table.dtype, [&](auto table_type) {
+    dispatch(residual_dtype, [&](auto residual_type) {
       using Table = typename decltype(table_type)::type;
       using Residual = typename decltype(residual_type)::type;
-      constexpr int N = kVectorBytes / std::max(sizeof(Table), sizeof(Residual));
-      const bool vectorise =
-          lookup.hidden % N == 0 &&
-          can_vectorise(params.table, sizeof(Table), N,
-                        {params.table_axis_stride, params.table_row_stride}) &&
-          (!has_residual || can_vectorise_rows(lookup, params.residual, sizeof(Residual), N,
-                                               params.residual_hidden_stride));
-      auto kernel = forward_kernel<Table, Residual, 1, 0>;
-      if (vectorise) {
-        kernel = lookup.num_axes == 2 ? forward_kernel<Table, Residual, N, 2>
-                                      : forward_kernel<Table, Residual, N, 0>;
-      }
+      const Kernel kernel = lookup.out.dtype == residual_dtype
+                                ? choose_kernel<Table, Residual, Residual>(lookup)
+                                : choose_kernel<Table, Residual, float>(lookup);
       launch("the forward", kernel, (lookup.num_tokens + kWarps - 1) / kWarps, kWarps * kWarpSize,
-             0, current_stream(tensors.table), params);
+             0, current_stream(device), lookup);
     });
   });
+}
+
+std::string pending_device_error() {
+  const cudaError_t error = cudaPeekAtLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 }  // namespace embedding_lookup

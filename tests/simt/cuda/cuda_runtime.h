@@ -40,17 +40,30 @@ inline void __syncthreads() { simt::sync_block(); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return simt::ballot(mask, predicate);
 }
+inline void __syncwarp() { simt::ballot(0xffffffff, true); }
+inline unsigned __match_any_sync(unsigned mask, unsigned value) { return simt::match(mask, value); }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
-  return static_cast<T>(simt::shuffle(mask, static_cast<uint64_t>(value), source));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  bits = simt::shuffle(mask, bits, source);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned lane = simt::thread_index() % simt::kWarpSize;
+  return __shfl_sync(mask, value, lane < delta ? lane : lane - delta);
 }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return simt::atomic(address, [=](unsigned old) { return old + value; });
 }
-inline unsigned atomicExch(unsigned* address, unsigned value) {
-  return simt::atomic(address, [=](unsigned) { return value; });
-}
+inline void cudaGridDependencySynchronize() { simt::wait_for_previous_launch(); }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 // Cache hints change nothing here.
 template <typename T>
@@ -73,28 +86,40 @@ using std::min;
 // Host.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-
-// The shared memory of the one block that runs, and how much of it a kernel may ask for: 48 KiB,
-// more only after it was raised, and nowhere more than the least of the architectures has.
-extern uint4 dynamic_shared_memory[];
-constexpr size_t kDefaultSharedBytes = 48 << 10;
-constexpr size_t kMaxSharedBytes = 64 << 10;
-size_t& cuda_max_shared_bytes(const void* kernel);
-
-template <typename... Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
-  if (static_cast<size_t>(bytes) > kMaxSharedBytes) return cudaErrorInvalidValue;
-  cuda_max_shared_bytes(reinterpret_cast<const void*>(kernel)) = bytes;
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params)) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
+// The shared memory of the one block that runs, and how much of it a kernel may ask for without a
+// word.
+extern uint4 dynamic_shared_memory[];
+constexpr size_t kMaxSharedBytes = 48 << 10;
 
 // A kernel and its argument, from which each thread takes its own copy. Not instrumented: they are
 // on the host's stack.
@@ -110,13 +135,11 @@ struct CudaCall {
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
                                const Params& params) {
-  if (config->dynamicSmemBytes > cuda_max_shared_bytes(reinterpret_cast<const void*>(kernel))) {
+  if (config->dynamicSmemBytes > kMaxSharedBytes) {
     return cudaErrorInvalidValue;
   }
   const CudaCall<Params> call{kernel, params};
   simt::launch(config->gridDim.x, config->blockDim.x, dynamic_shared_memory,
-               config->dynamicSmemBytes, CudaCall<Params>::run, &call);
+               config->dynamicSmemBytes, CudaCall<Params>::run, &call, config->numAttrs > 0);
   return cudaSuccess;
 }
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);

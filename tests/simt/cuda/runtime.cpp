@@ -4,24 +4,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
-#include <map>
-#include <mutex>
-
 #include "cuda_runtime.h"
 
 uint4 dynamic_shared_memory[kMaxSharedBytes / sizeof(uint4)];
-
-size_t& cuda_max_shared_bytes(const void* kernel) {
-  static std::mutex mutex;
-  static std::map<const void*, size_t> bytes;
-  const std::lock_guard<std::mutex> lock(mutex);
-  return bytes.emplace(kernel, kDefaultSharedBytes).first->second;
-}
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
 
 extern "C" {
 

@@ -1,0 +1,330 @@
+"""Predict the CUDA variant's times from its machine code. Nothing here was measured on a GPU.
+
+    python benchmarks/predict.py            # write benchmarks/prediction.md
+    python benchmarks/predict.py --check    # fail if it isn't what this build gives
+
+Needs a build of the CUDA variant (make cuda). The model is on the page that it writes.
+"""
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "benchmarks" / "prediction.md"
+CUOBJDUMP = ROOT / ".build/cuda-toolkit/triton/backends/nvidia/bin/cuobjdump"
+
+
+class Device(NamedTuple):
+    name: str
+    arch: str
+    sms: int
+    threads: int  # a multiprocessor takes
+    shared: int  # bytes a multiprocessor has for its blocks
+    clock: float  # Hz
+    copy: float  # bytes/s, read plus written
+    l2: float  # bytes/s, assumed
+    l2_bytes: float
+    latency: float  # s, of a load under load; assumed
+    gap: float  # s, from kernel to kernel; assumed
+    why: str
+
+
+DEVICES = [
+    Device("H200", "sm_90", 132, 2048, 227 << 10, 1.755e9, 4.3e12, 5.5e12, 50e6, 0.7e-6, 1.0e-6,
+           "copy bandwidth as in the design's notes; kernels overlap"),
+    Device("RTX 4090", "sm_89", 128, 1536, 100 << 10, 2.52e9, 0.92e12, 5.0e12, 72e6, 0.6e-6, 1.5e-6,
+           "copy bandwidth 91% of the data sheet's 1008 GB/s; kernels don't overlap"),
+]  # fmt: skip
+
+
+class Code(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    registers: int
+    instructions: (
+        int  # once through, loops once: an upper bound, asserts and unused branches included
+    )
+    loop: int  # in the longest loop
+
+
+def read_code():
+    """{arch: {kernel: Code}} of the build."""
+    folders = sorted((ROOT / "build").glob("torch*-cu[0-9]*-*"))
+    if not folders:
+        sys.exit("error: the CUDA variant is not built (make cuda)")
+    (extension,) = folders[0].glob("*.abi3.so")
+    registers = {}
+    for log in (ROOT / ".build" / folders[0].name / "csrc" / "cuda").glob("*.log"):
+        pattern = r"Compiling entry function '(\S+)' for '(\S+)'.*?Used (\d+) registers"
+        for name, arch, count in re.findall(pattern, log.read_text(), re.DOTALL):
+            registers[arch, name] = int(count)
+    code = {}
+    for arch in {device.arch for device in DEVICES}:
+        listing = subprocess.run(
+            [CUOBJDUMP, "--dump-sass", "--gpu-architecture", arch, extension],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        code[arch] = {}
+        for name, body in re.findall(
+            r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL
+        ):
+            found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", body)
+            addresses = [int(address, 16) for address, _ in found]
+            last = max(i for i, (_, text) in enumerate(found) if "EXIT" in text)
+            loops = [0]
+            for i, (_, text) in enumerate(found[: last + 1]):
+                target = re.search(r"BRA(?:\.U)?\b.*?0x([0-9a-f]+)", text)
+                if target and int(target[1], 16) < addresses[i]:
+                    loops.append(i + 1 - addresses.index(int(target[1], 16)))
+            code[arch][short(name)] = Code(registers[arch, name], last + 1, max(loops))
+    return code
+
+
+def short(name):
+    """forward_kernel<BFloat16, BFloat16, BFloat16, 8, 2, false, true>"""
+    full = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"(\w+_kernel(?:<.*>)?)\(", full.replace("(anonymous namespace)::", ""))
+    return re.sub(r"[\w]+::", "", found[1])
+
+
+class Launch(NamedTuple):
+    """One kernel's work. Bytes are those of the README's table."""
+
+    kernel: str
+    blocks: float  # that do the work
+    light: float  # that do next to nothing: a share of the zeros, or find no run that crosses tiles
+    threads: int
+    shared: int  # bytes a block
+    memory: float  # bytes that memory moves
+    l2: float  # bytes that blocks read from the level 2 cache
+    in_flight: int  # bytes that a thread has requested while it waits
+    instructions: object  # of a warp, from Code
+    serial: float  # round trips that a block waits for, one after the other
+    barriers: int = 0
+
+
+H, P, TILE, SLAB = 768, 10240, 512, 64  # columns; rows; entries a tile; columns a slab
+MAIN = "forward_kernel<BFloat16, BFloat16, BFloat16, 8, 2, false, true>"
+WEIGHTED = "forward_kernel<BFloat16, BFloat16, BFloat16, 8, 4, true, true>"
+
+
+# Of a light block, with its exit.
+LIGHT = 100
+
+
+def forward(tokens, entries, columns, distinct):
+    """`distinct`: the rows that the eight tokens of a block read, the others are in its cache."""
+    kernel, unroll = (MAIN, 3) if entries == 2 else (WEIGHTED, 2)
+    chunks = math.ceil(columns / (unroll * 256))
+    row = 2 * columns
+    ids = tokens * (8 * entries + (4 * entries if entries == 4 else 1))
+    return [
+        Launch(
+            kernel=kernel, blocks=tokens / 8, light=0, threads=256, shared=0,
+            memory=2 * tokens * row + ids, l2=tokens * row + tokens / 8 * distinct * row + ids,
+            in_flight=16 * unroll * (1 if entries == 2 else 1 + entries),
+            instructions=lambda c: c.instructions + (chunks - 1) * c.loop, serial=1 + chunks,
+        )
+    ]  # fmt: skip
+
+
+def backward(tokens, used, kind, device):
+    """`used` tokens aren't padding."""
+    entries = 2 * tokens
+    tiles = math.ceil(2 * used / TILE)
+    rows_used = {"grid": 102, "one id": 2}.get(kind, min(2 * P, 2 * used))
+    chunk = 2048
+    while math.ceil(entries / chunk) > 128:
+        chunk *= 2
+    chunks = math.ceil(entries / chunk)
+    zeros = 2 * P * H * 2 / 3  # a share
+    fill = zeros / (512 * 8 * 16)
+    rows = Launch(
+        kernel="rows_kernel", blocks=chunks, light=fill, threads=512, shared=1 << 10,
+        memory=zeros + entries * 16.5, l2=entries * 9, in_flight=32,
+        instructions=lambda c: c.instructions + (chunk / 2048 - 1) * c.loop,
+        serial=1 + chunk / 2048, barriers=2,
+    )  # fmt: skip
+    sort = Launch(
+        kernel="sort_kernel", blocks=chunks, light=fill, threads=512, shared=20 << 10,
+        memory=zeros + 16 * entries, l2=8 * entries + chunks * chunks * 1024, in_flight=64,
+        instructions=lambda c: c.instructions + (chunk / 2048 - 1) * c.loop,
+        serial=1 + chunks / 2 / 16 + 2 * chunk / 2048, barriers=4 + 3 * chunk // 2048,
+    )  # fmt: skip
+    # What the cache can't hold of a slab of all tokens, and of the blocks under way, is read again.
+    window = (tokens * 128 + device.sms * 4 * (64 << 10) / 2) / device.l2_bytes
+    read = used * 2 * H
+    partials = 2 * tiles * 4 * H
+    ends = min(1, (rows_used + 32 * tiles) / (2 * used))  # of a run or a piece, an entry
+    sums = Launch(
+        kernel="sum_kernel<BFloat16, BFloat16, 8>", blocks=tiles * H / SLAB, light=0, threads=256,
+        shared=27 << 10,
+        memory=read * min(2, max(1, window)) + rows_used * 2 * H + 8 * entries,
+        l2=2 * read + tiles * H / SLAB * TILE * 16, in_flight=64,
+        # Four batches; about half of the loop is there for the ends.
+        instructions=lambda c: c.instructions - c.loop + 4 * c.loop * (1 + ends) / 2,
+        serial=2 + 4, barriers=2,
+    )  # fmt: skip
+    run = {"grid": tiles / 102, "one id": tiles / 2}.get(kind, 1)
+    crossing = min(rows_used, tiles) * 6
+    finish = Launch(
+        kernel="finish_kernel<BFloat16, 4>", blocks=crossing, light=tiles * 6 - crossing,
+        threads=256, shared=5 << 10, memory=rows_used * H, l2=partials, in_flight=64,
+        instructions=lambda c: c.instructions, serial=2 + math.ceil(run / 256) + math.ceil(run / 32),
+        barriers=3,
+    )  # fmt: skip
+    return [rows, sort, sort, sums, finish]
+
+
+def time(launch, device, code):
+    """Seconds, and what bounds it."""
+    c = code[device.arch][launch.kernel]
+    per_sm = min(
+        65536 // (-(-c.registers // 8) * 8 * launch.threads),
+        device.threads // launch.threads,
+        device.shared // (launch.shared + 1024),
+    )
+    resident = min(per_sm, max(1, launch.blocks / device.sms))
+    warps = launch.threads / 32
+    instructions = warps * (launch.blocks * launch.instructions(c) + launch.light * LIGHT)
+    bounds = {
+        "memory": launch.memory / device.copy,
+        "level 2": launch.l2 / device.l2,
+        "issue": instructions / (min(device.sms, launch.blocks + launch.light) * 4 * device.clock),
+        "flight": launch.l2
+        / (resident * device.sms * launch.threads * launch.in_flight / device.latency),
+    }
+    what = max(bounds, key=bounds.get)
+    chain = launch.serial * device.latency + launch.barriers * 30e-9
+    if chain > bounds[what]:
+        return chain, "latency"
+    # The first block's requests, before anything arrives.
+    return bounds[what] + device.latency, what
+
+
+def predict(launches, device, code):
+    times = [time(launch, device, code) for launch in launches]
+    total = sum(seconds for seconds, _ in times) + device.gap * (len(times) - 1) + 1e-6
+    return total, times
+
+
+MODEL = """\
+# Predicted times of the CUDA variant
+
+**Predictions. No GPU has run this code.** Made by `benchmarks/predict.py` from the machine code of a build and
+from the assumptions below; a measured column will stand beside them when there is one. bfloat16, H = 768,
+P = 10240, K = 2, 2520 patches an image, of which 2400 aren't padding.
+
+A kernel takes the longest of four times, and one round trip for the first bytes to come:
+
+- *memory*: the bytes that must come from memory or go there, at the bandwidth of a copy;
+- *level 2*: the bytes that blocks read from the level 2 cache, at its bandwidth: of the rows, those that
+  differ among the eight tokens of a block, 9 of 16 on a grid, and of Qwen3-VL's, whose 48 x 48 rows are
+  stretched over the patches, 16 of 32 for 4096 patches and 10 for 16384;
+- *issue*: the warps' instructions, four a clock and multiprocessor. Instructions are counted in the machine
+  code, those of loops as often as they are run; branches not taken count too, so this is an upper bound;
+- *flight* (Little's law): the level 2 cache's bytes, of which all resident threads together have a few
+  under way for the time of one round trip. Residency is what registers, shared memory and threads allow;
+
+or, if that is longer, the round trips that a block waits for one after the other (*latency*), 30 ns for each
+barrier among them. Between kernels lies a gap, and before the first one microsecond.
+
+Of a token's gradient the second entry's reading comes from the level 2 cache, as long as 128 bytes of every
+token and what the blocks under way hold fit in there.
+
+By this model an H200 misses the goals of the large backward: two axes read 295 MB from its level 2 cache, whose
+bandwidth is the assumption that matters most. And the weighted forward has more instructions than bytes.
+"""
+
+
+def page(code):
+    lines = [MODEL]
+    lines += ["| assumed | " + " | ".join(device.name for device in DEVICES) + " |"]
+    lines += ["| --- |" + " --- |" * len(DEVICES)]
+    for label, value in [
+        ("machine code", lambda d: d.arch),
+        ("multiprocessors, threads each", lambda d: f"{d.sms}, {d.threads}"),
+        ("clock", lambda d: f"{d.clock / 1e9:.2f} GHz"),
+        ("copy, read plus written", lambda d: f"{d.copy / 1e12:.2f} TB/s"),
+        ("level 2 cache", lambda d: f"{d.l2 / 1e12:.1f} TB/s, {d.l2_bytes / 1e6:.0f} MB"),
+        ("round trip under load", lambda d: f"{d.latency * 1e9:.0f} ns"),
+        ("gap between kernels", lambda d: f"{d.gap * 1e6:.1f} us"),
+        ("source", lambda d: d.why),
+    ]:
+        lines.append(f"| {label} | " + " | ".join(value(device) for device in DEVICES) + " |")
+    kernels = [MAIN, WEIGHTED, "rows_kernel", "sort_kernel"]
+    kernels += ["sum_kernel<BFloat16, BFloat16, 8>", "finish_kernel<BFloat16, 4>"]
+    lines += ["", "Registers, instructions once through, instructions of the longest loop:", ""]
+    lines += ["| kernel | " + " | ".join(device.arch for device in DEVICES) + " |"]
+    lines += ["| --- |" + " --- |" * len(DEVICES)]
+    for kernel in kernels:
+        cells = [", ".join(map(str, code[device.arch][kernel])) for device in DEVICES]
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    for device in DEVICES:
+        lines += ["", f"## {device.name}, predicted", ""]
+        head = ["", "copy of the same bytes, us", "predicted, us", "ratio", "goal"]
+        lines += ["| " + " | ".join([*head, "kernels, us, and bound"]) + " |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for label, least, launches, goal in workloads(device):
+            total, times = predict(launches, device, code)
+            parts = ", ".join(
+                f"{launch.kernel.partition('_')[0]} {seconds * 1e6:.1f} {what}"
+                for launch, (seconds, what) in zip(launches, times)
+            )
+            floor = least / device.copy
+            cells = [
+                f"{floor * 1e6:.1f}",
+                f"{total * 1e6:.1f}",
+                f"{total / floor:.2f}",
+                goal,
+                parts,
+            ]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# By kind of ids: of all 40 images, times the copy's; of one, microseconds.
+GOALS = {
+    40: {"grid": "1.3", "random ids": "1.9", "one id": "1.4"},
+    1: {"grid": "20 us", "random ids": "30 us", "one id": "20 us"},
+}
+
+
+def workloads(device):
+    """A name, the bytes that must move, the launches, and the goal."""
+    for batch, goals in GOALS.items():
+        tokens, used = batch * 2520, batch * 2400
+        goal = "1.05" if batch == 40 else ""
+        yield f"forward, B={batch}", tokens * (4 * H + 17), forward(tokens, 2, H, 9), goal
+        for kind, goal in goals.items():
+            least = used * 2 * H + tokens * 17 + 4 * P * H
+            launches = backward(tokens, used, kind, device)
+            yield f"backward, B={batch}, {kind}", least, launches, goal
+    for patches, distinct in ((4096, 16), (16384, 10)):
+        least = patches * (4 * 1152 + 48)
+        launches = forward(patches, 4, 1152, distinct)
+        yield f"weighted forward, K=4, H=1152, {patches} patches", least, launches, "1.11"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    check = parser.parse_args().check
+    text = page(read_code())
+    if not check:
+        PAGE.write_text(text)
+    elif PAGE.read_text() != text:
+        sys.exit(f"error: {PAGE.relative_to(ROOT)} is not what this build gives; run predict.py")
+
+
+if __name__ == "__main__":
+    main()
