@@ -9,62 +9,127 @@
 #include <cstdint>
 #endif
 
+#include "../interpolation_formula.h"
+
 namespace embedding_lookup_metal {
 
 // Metal takes no constants at this scope that both compilers would.
 enum : uint32_t {
-  kMaxAxes = 4,
+  kMaxEntries = 64,
   kMaxTokenDims = 8,
-  kSimdWidth = 32,     // of every Apple GPU
-  kVectorWidth = 4,    // columns that a thread handles at once where the alignment lets it
-  kTile = 1024,        // tokens that the backward sorts together
-  kSumSimdgroups = 8,  // that share a row of the table's gradient
+  kSimdWidth = 32,    // of every Apple GPU
+  kVectorWidth = 4,   // columns that a thread handles at once where the alignment lets it
+  kMaxThreads = 1024  // of a threadgroup
+};
+
+// Of the backward.
+enum : uint32_t {
+  kTile = 4096,  // entries that are sorted together
+  kMinRun = 8,   // shorter runs of a tile have no partial: their entries are addends themselves
+  kPiece = 256,  // entries of a piece at most
+  kTilePartials = kTile / kMinRun,   // of a tile at most
+  kTileParts = 16,                   // threadgroups that share a tile's pieces
+  kSortMemory = kTile * 6 + 32 * 8,  // bytes: rows, entries, and two counts for each simdgroup
 };
 
 // Of the setBuffer calls and the [[buffer(n)]] attributes.
 enum BufferIndex {
   kLookup,
   kIds,
+  kWeights,
   kPadding,
-  kForward,   // forward
-  kTable,     // forward
-  kResidual,  // forward
-  kOut,       // forward
-  kSegments,  // backward, both steps
-  kOrder,     // backward, both steps
-  kBackward,  // backward, sums
-  kGrad,      // backward, sums
-  kGradTable  // backward, sums
+  kErrors,
+  // Forward.
+  kForward,
+  kTable,
+  kResidual,
+  kOut,
+  // Backward.
+  kBackward,
+  kGrad,
+  kGradTable,
+  kOrder,
+  kPieces,
+  kNumPieces,
+  kPartials,
+  kAddends,
+  kNumAddends,
+  kMerged,
+  kNumMerged,
+  kStarts,
+  // Interpolation.
+  kInterpolation,
+  kGrid,
+  kPatchIds,
+  kPatchWeights
 };
 
 // Tensors begin where their buffer is bound. All strides count elements.
 struct Lookup {
   int64_t ids_strides[kMaxTokenDims];
+  int64_t weights_strides[kMaxTokenDims];
   int64_t padding_strides[kMaxTokenDims];
-  int64_t rows_strides[kMaxTokenDims];
-  int64_t ids_axis_stride;
+  int64_t activation_strides[kMaxTokenDims];
+  int64_t ids_last_stride;
+  int64_t weights_last_stride;
+  int64_t activation_last_stride;
   int64_t padding_id;
   int64_t num_rows;
   uint32_t token_sizes[kMaxTokenDims];
   uint32_t num_token_dims;
   uint32_t num_tokens;
-  uint32_t num_axes;
-  uint32_t hidden;
+  uint32_t num_entries;
+  uint32_t num_columns;
   uint32_t ids_are_int64;
+  uint32_t has_weights;
   uint32_t has_padding;
   uint32_t has_padding_id;
 };
 
+enum Rounding : uint32_t { kToFloat, kToHalf, kToBfloat };
+
 struct Forward {
-  int64_t table_axis_stride;
+  int64_t table_entry_stride;
   int64_t table_row_stride;
-  int64_t residual_hidden_stride;
+  Rounding embedding;  // what the sum is rounded to
   uint32_t has_residual;
 };
 
 struct Backward {
-  int64_t grad_hidden_stride;
+  uint32_t rows_per_entry;
+  uint32_t total_rows;
   uint32_t num_tiles;
+  uint32_t tile_entries;  // of whole tokens: kTile, or a little less
+  uint32_t list_tiles;    // tiles whose addends are one sorted list by now
 };
+
+// Entries begin .. begin + length of a tile's order, which read one row.
+struct Piece {
+  uint16_t begin;
+  uint16_t length;
+};
+
+// What a row's gradient is a sum of: a partial, or one entry's weight times its token's gradient.
+struct Addend {
+  uint32_t key;    // 2 * row, plus 1 for an entry: what addends are sorted by
+  uint32_t index;  // of the partial or the entry
+};
+
+struct Interpolation {
+  int64_t grid_strides[2];
+  embedding_lookup::Resampling resampling;
+  uint32_t num_images;
+  uint32_t num_patches;
+  uint32_t grid_is_int64;
+};
+
+// PyTorch's, as in c10/metal/error.h, which the builder's Metal compiler doesn't find.
+struct ErrorMessage {
+  char file[128];
+  char function[128];
+  char message[250];
+  uint32_t line;
+};
+enum : uint32_t { kMaxErrors = 30 };
 
 }  // namespace embedding_lookup_metal

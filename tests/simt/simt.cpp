@@ -30,6 +30,7 @@ struct Fiber {
   bool created = false;  // else its context is to be made
   jmp_buf context;
   State state;
+  bool waited;  // for the previous launch
 };
 
 struct Warp {
@@ -40,6 +41,7 @@ struct Warp {
 
 // Who touched a granule. `run` numbers blocks across all launches.
 constexpr uint16_t kSeveral = 0xffff;
+constexpr uint16_t kSeveralOfWarp = 0x8000;  // | the warp
 struct Access {
   uint32_t run = 0;
   uint32_t block_epoch = 0, warp_epoch = 0;
@@ -55,6 +57,9 @@ struct Memory {
   uintptr_t begin, end;
   bool writable;
   Shadow* shadow;  // one per granule; zero pages until touched
+  mutable Traffic traffic;
+  // Of each sector, the `run` that touched it last: read, written. Made when it is first counted.
+  mutable std::vector<uint32_t> sector_runs[2];
 };
 
 Shadow* new_shadow(size_t bytes) {
@@ -70,6 +75,9 @@ void delete_shadow(const Memory& memory) {
 
 std::mutex launch_mutex, memory_mutex;
 std::vector<Memory> memories;
+bool counting = false;
+uint64_t num_launches;  // counted ones
+std::vector<Traffic> traffic_log;
 std::minstd_rand generator;
 
 Fiber fibers[kMaxThreads];
@@ -80,6 +88,7 @@ const void* body_argument;
 unsigned block, blocks, threads;
 uint32_t run, first_run_of_launch, block_epoch;
 unsigned at_block_barrier;
+bool overlaps;
 std::string error;
 
 jmp_buf scheduler;
@@ -96,6 +105,7 @@ void yield() {
 void fiber_main() {
   for (;;) {
     body(body_argument);
+    if (overlaps && !current->waited) fail("a thread ends without waiting for the previous launch");
     current->state = State::kDone;
     yield();
   }
@@ -124,6 +134,7 @@ void resume(Fiber& fiber) {
 void run_block(std::vector<unsigned>& order) {
   std::memset(reinterpret_cast<void*>(shared.begin), 0xff, shared.end - shared.begin);
   for (unsigned i = 0; i < threads; ++i) fibers[i].state = State::kReady;
+  for (unsigned i = 0; i < threads; ++i) fibers[i].waited = false;
   for (Warp& warp : warps) warp.arrived = warp.epoch = 0;
   block_epoch = at_block_barrier = 0;
   ++run;
@@ -149,13 +160,18 @@ void run_block(std::vector<unsigned>& order) {
 // ---------------------------------------------------------------------------------------------
 // Accesses.
 
+unsigned warp_of(const Access& access) {
+  return (access.thread & kSeveralOfWarp) != 0 ? access.thread & ~kSeveralOfWarp
+                                               : access.thread / kWarpSize;
+}
+
 bool is_ordered(const Access& access, const Memory& memory) {
   if (access.run < first_run_of_launch || access.run == 0) return true;  // an earlier launch's
   if (access.run != run) return &memory == &shared;                      // which is the block's own
   if (access.block_epoch != block_epoch) return true;
   if (access.thread == kSeveral) return false;
   if (access.thread == current_index()) return true;
-  return access.thread / kWarpSize == current_index() / kWarpSize &&
+  return warp_of(access) == current_index() / kWarpSize &&
          access.warp_epoch != current_warp().epoch;
 }
 
@@ -168,8 +184,9 @@ void record(const Memory& memory, size_t granule, bool write, bool atomic) {
   Shadow& shadow = memory.shadow[granule];
   auto check = [&](const Access& other, const char* what) {
     if (is_ordered(other, memory) || (atomic && other.atomic)) return;
-    const std::string thread =
-        other.thread == kSeveral ? "several threads" : "thread " + std::to_string(other.thread);
+    const std::string thread = (other.thread & kSeveralOfWarp) != 0
+                                   ? "several threads"
+                                   : "thread " + std::to_string(other.thread);
     fail(
         "a race: thread %u of block %u %s byte %zu of %s, which %s of %s block %s, and no barrier "
         "is between",
@@ -183,9 +200,40 @@ void record(const Memory& memory, size_t granule, bool write, bool atomic) {
   if (write) {
     shadow.write = access;
   } else {
-    if (!is_ordered(shadow.read, memory)) access.thread = kSeveral;
+    if (!is_ordered(shadow.read, memory)) {
+      const unsigned warp = current_index() / kWarpSize;
+      const bool same_warp =
+          shadow.read.run == run && shadow.read.thread != kSeveral && warp_of(shadow.read) == warp;
+      access.thread = same_warp ? static_cast<uint16_t>(kSeveralOfWarp | warp) : kSeveral;
+    }
     shadow.read = access;
   }
+}
+
+// Adds one access to the memory's traffic.
+void count(const Memory& memory, uintptr_t address, size_t bytes, bool write) {
+  Traffic& traffic = memory.traffic;
+  traffic.bytes[write] += bytes;
+  std::vector<uint32_t>& runs = memory.sector_runs[write];
+  if (runs.empty()) runs.resize(memory.end / kSectorBytes - memory.begin / kSectorBytes + 1);
+  const uintptr_t first_sector = memory.begin / kSectorBytes;
+  for (uintptr_t sector = address / kSectorBytes; sector <= (address + bytes - 1) / kSectorBytes;
+       ++sector) {
+    uint32_t& last = runs[sector - first_sector];
+    traffic.sectors[write] += last < first_run_of_launch;
+    traffic.block_sectors[write] += last != run;
+    last = run;
+  }
+}
+
+// Moves what a launch has counted to the log.
+void log_traffic(const Memory& memory) {
+  Traffic& traffic = memory.traffic;
+  if (traffic.bytes[0] + traffic.bytes[1] == 0) return;
+  traffic.launch = num_launches;
+  traffic.begin = &memory == &shared ? 0 : memory.begin;
+  traffic_log.push_back(traffic);
+  traffic = {};
 }
 
 void on_access(const void* pointer, size_t bytes, bool write, bool atomic = false) {
@@ -209,6 +257,11 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic = fals
     fail("thread %u of block %u %s %zu bytes at %p, outside of %s memory", current_index(), block,
          write ? "writes" : "reads", bytes, pointer, write ? "writable" : "its");
   }
+  if (overlaps && !current->waited && found != &shared) {
+    fail("thread %u of block %u accesses %s before it has waited for the previous launch",
+         current_index(), block, describe(*found).c_str());
+  }
+  if (counting) count(*found, address, bytes, write);
   if (!found->writable) return;  // what nobody writes can't race
   const size_t first = (address - found->begin) / kGranule;
   const size_t last = (address + bytes - 1 - found->begin) / kGranule;
@@ -245,7 +298,7 @@ const uint64_t* exchange(uint32_t mask, uint64_t value) {
 }  // namespace
 
 void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size_t shared_bytes,
-            void (*thread)(const void*), const void* argument) {
+            void (*thread)(const void*), const void* argument, bool may_overlap) {
   if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0) {
     throw std::runtime_error("simt: " + std::to_string(num_blocks) + " blocks of " +
                              std::to_string(num_threads) + " threads can't be launched");
@@ -254,11 +307,12 @@ void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size
   const std::lock_guard<std::mutex> memory_lock(memory_mutex);
   const auto begin = reinterpret_cast<uintptr_t>(shared_memory);
   delete_shadow(shared);
-  shared = {nullptr, begin, begin + shared_bytes, true, new_shadow(shared_bytes)};
+  shared = {nullptr, begin, begin + shared_bytes, true, new_shadow(shared_bytes), {}, {}};
   body = thread;
   body_argument = argument;
   blocks = num_blocks;
   threads = num_threads;
+  overlaps = may_overlap;
   first_run_of_launch = run + 1;
   error.clear();
 
@@ -273,6 +327,18 @@ void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size
     for (Fiber& fiber : fibers) fiber.created = false;  // left where they were, for good
     throw std::runtime_error("simt: " + error);
   }
+  if (!counting) return;
+  log_traffic(shared);
+  for (const Memory& memory : memories) log_traffic(memory);
+  ++num_launches;
+}
+
+void count_fill(const void* address, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  if (!counting || bytes == 0) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  const uint64_t sectors = (begin + bytes - 1) / kSectorBytes - begin / kSectorBytes + 1;
+  traffic_log.push_back({num_launches++, begin, {0, bytes}, {0, sectors}, {0, sectors}});
 }
 
 unsigned thread_index() { return current_index(); }
@@ -280,6 +346,8 @@ unsigned num_threads() { return threads; }
 unsigned block_index() { return block; }
 unsigned num_blocks() { return blocks; }
 bool in_kernel() { return current != nullptr; }
+
+void wait_for_previous_launch() { current->waited = true; }
 
 void sync_block() {
   if (++at_block_barrier == threads) {
@@ -306,6 +374,15 @@ uint32_t ballot(uint32_t mask, bool predicate) {
   uint32_t result = 0;
   for (unsigned i = 0; i < kWarpSize; ++i) {
     if ((mask >> i & 1) != 0 && values[i] != 0) result |= uint32_t{1} << i;
+  }
+  return result;
+}
+
+uint32_t match(uint32_t mask, uint64_t value) {
+  const uint64_t* values = exchange(mask, value);
+  uint32_t result = 0;
+  for (unsigned i = 0; i < kWarpSize; ++i) {
+    if ((mask >> i & 1) != 0 && values[i] == value) result |= uint32_t{1} << i;
   }
   return result;
 }
@@ -337,7 +414,7 @@ void add_memory(const void* owner, const void* begin, size_t bytes, bool writabl
   const std::lock_guard<std::mutex> lock(memory_mutex);
   const auto address = reinterpret_cast<uintptr_t>(begin);
   Shadow* shadow = writable ? new_shadow(bytes) : nullptr;
-  memories.push_back({owner, address, address + bytes, writable, shadow});
+  memories.push_back({owner, address, address + bytes, writable, shadow, {}, {}});
 }
 
 void drop_memory(const void* owner) {
@@ -360,6 +437,21 @@ extern "C" {
 // For the tests.
 __attribute__((visibility("default"))) void simt_seed(uint32_t seed) {
   simt::generator.seed(seed + 1);
+}
+
+// Forgets what was counted, and counts from now on, or no longer.
+__attribute__((visibility("default"))) void simt_count_traffic(bool enable) {
+  const std::lock_guard<std::mutex> lock(simt::memory_mutex);
+  simt::counting = enable;
+  simt::num_launches = 0;
+  simt::traffic_log.clear();
+}
+// Entry `index` of what was counted; false past the last.
+__attribute__((visibility("default"))) bool simt_traffic(size_t index, simt::Traffic* traffic) {
+  const std::lock_guard<std::mutex> lock(simt::memory_mutex);
+  if (index >= simt::traffic_log.size()) return false;
+  *traffic = simt::traffic_log[index];
+  return true;
 }
 
 void __tsan_init() {}

@@ -22,6 +22,9 @@ struct Storage {
 std::mutex storages_mutex;
 std::vector<Storage> storages;
 
+thread_local bool holding = false;
+thread_local std::vector<AtenTensorHandle> held;
+
 // Lets kernels touch the bytes that a tensor's elements lie in, gaps included.
 void add_tensor(AtenTensorHandle tensor, const void* data, bool writable) {
   int32_t dtype;
@@ -55,9 +58,27 @@ size_t storage_bytes(const void* address) {
   return 0;
 }
 
+void (*before_tensor_is_handed_on)() = nullptr;
+
+void hold_tensors() { holding = true; }
+
+void release_tensors() {
+  holding = false;
+  std::vector<AtenTensorHandle> tensors;
+  tensors.swap(held);
+  for (AtenTensorHandle tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+}
+
 }  // namespace simt
 
 extern "C" {
+
+AOTITorchError __real_aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* copy);
+AOTITorchError __wrap_aoti_torch_new_tensor_handle(AtenTensorHandle tensor,
+                                                   AtenTensorHandle* copy) {
+  if (simt::before_tensor_is_handed_on != nullptr) simt::before_tensor_is_handed_on();
+  return __real_aoti_torch_new_tensor_handle(tensor, copy);
+}
 
 AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
 AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data) {
@@ -75,6 +96,10 @@ AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void**
 
 AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
+  if (holding) {
+    held.push_back(tensor);
+    return AOTI_TORCH_SUCCESS;
+  }
   simt::drop_memory(tensor);
   {
     const std::lock_guard<std::mutex> lock(storages_mutex);

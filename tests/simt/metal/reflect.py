@@ -24,6 +24,12 @@ BUILTINS = {
     "thread_index_in_simdgroup": "simt::thread_index() % simt::kWarpSize",
 }
 
+# What a parameter of each attribute may be.
+SPACES = {name: "uint|ushort" for name in BUILTINS} | {
+    "buffer": r"(device|constant)\b[^*&]*\*|constant\b[^*&]*&",
+    "threadgroup": r"threadgroup\b[^*&]*\*",
+}
+
 KERNEL = re.compile(
     r"(template\s*<[^>]*>\s*)?\[\[kernel\]\]\s*void\s+(\w+)\s*\((.*?)\)\s*\{", re.DOTALL
 )
@@ -53,7 +59,13 @@ def main():
     for literals, function, instantiated in instantiations:
         if function != instantiated:
             sys.exit(f"error: {literals}: instantiates {instantiated} as a {function}")
-        functions["".join(re.findall(r'"(.*?)"', literals))] = function
+        name = "".join(re.findall(r'"(.*?)"', literals))
+        expected = "_".join(re.findall(r"\w+", function))
+        if name != expected:
+            sys.exit(f"error: {function} has the host name {name}, not {expected}")
+        if name in functions:
+            sys.exit(f"error: there are two functions called {name}")
+        functions[name] = function
     if text.count("[[host_name") != len(instantiations):
         sys.exit("error: there is an instantiation that isn't understood")
     for function, parameters in FUNCTION.findall(text):
@@ -73,11 +85,14 @@ def main():
     entries = []
     for i, (name, function) in enumerate(functions.items()):
         arguments, buffers, takes_memory = kernels[function.partition("<")[0]]
+        takes_turns = BUILTINS["threadgroups_per_grid"] in arguments
         lines.append(f"SIMT_HOST static void run{i}(const void*) {{ {function}({arguments}); }}")
         mask = " | ".join(f"uint64_t{{1}} << {index}" for index in buffers)
-        entries.append(f'  {{"{name}", run{i}, {mask}, {str(takes_memory).lower()}}},')
-    lines += ["const simt_metal::Shader simt_metal::shaders[] = {", *entries, "};"]
-    lines += [f"const size_t simt_metal::num_shaders = {len(entries)};", "#endif", ""]
+        flags = f"{takes_memory}, {takes_turns}".lower()
+        entries.append(f'  {{"{name}", run{i}, {mask}, {flags}}},')
+    lines += ["static const simt_metal::Shader shaders[] = {", *entries, "};"]
+    lines += [f"static const int added = simt_metal::add_shaders(shaders, {len(entries)});"]
+    lines += ["#endif", ""]
     with open(output, "w") as file:
         file.write("\n".join(lines))
 
@@ -90,18 +105,19 @@ def parse(kernel, text):
         if match is None:
             sys.exit(f"error: {kernel}: the parameter `{parameter.strip()}` has no attribute")
         kind, attribute, index = match.groups()
+        if (space := SPACES.get(attribute)) is None:
+            sys.exit(f"error: {kernel}: the engine doesn't know the attribute {attribute}")
+        if not re.fullmatch(space, kind.strip()):
+            sys.exit(f"error: {kernel}: {attribute} can't be a `{kind.strip()}`")
         if attribute in BUILTINS:
             arguments.append(BUILTINS[attribute])
-            continue
-        if attribute == "buffer":
+        elif attribute == "buffer":
             buffers.append(index)
             form = "reference" if "&" in kind else "pointer"
             arguments.append(f"simt_metal::buffer_{form}({index})")
-        elif attribute == "threadgroup":
+        else:
             takes_memory = True
             arguments.append(f"simt_metal::threadgroup_pointer({index})")
-        else:
-            sys.exit(f"error: {kernel}: the engine doesn't know the attribute {attribute}")
     if len(set(buffers)) != len(buffers):
         sys.exit(f"error: {kernel}: two parameters with one buffer index")
     return ", ".join(arguments), buffers, takes_memory

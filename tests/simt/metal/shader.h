@@ -40,14 +40,16 @@ SIMT_HOST inline Pointer threadgroup_pointer(uint32_t index) {
   return {bound_threadgroup_memory(index)};
 }
 
-// The library: its functions by name, and the indices at which each wants a buffer.
+// A function of the library: its name, and the indices at which it wants a buffer.
 struct Shader {
   const char* name;
   void (*run)(const void*);
   uint64_t buffers;  // a bit each
   bool takes_threadgroup_memory;
+  bool takes_turns;  // asks how many threadgroups there are
 };
-extern const Shader shaders[];
-extern const size_t num_shaders;
+
+// Adds the functions of one source to the library. Returns 0.
+int add_shaders(const Shader* shaders, size_t num_shaders);
 
 }  // namespace simt_metal

@@ -19,6 +19,7 @@ __attribute__((objc_root_class))
 - (id)retain;
 - (void)release;
 - (id)autorelease;
+- (void)checkAlive;
 - (void)dealloc;
 @end
 
