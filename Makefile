@@ -1,64 +1,78 @@
 # make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
-# make test   everything that is tested (ARGS="-k gradcheck")
+# make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
+# make check  all that is tested, with what only maintainers need: see the end of `make test`
 # make bench  the kernel against its peers, interleaved (ARGS="--json out.json"; --suite for all of the README's)
 # make scaling  how the cost grows with each size, and what a call costs
 # make step   what share of a vision forward and of a LoRA step the lookup is
 # make gate   whether it has become slower than the committed baseline; needs valgrind
 # make report the README's tables and plots, from the committed results (ARGS=--check)
 # make cuda   the CUDA variant for all architectures, with a compiler from PyPI; needs no GPU
+# make macos-headers  PyTorch's headers for macOS, which a test checks the Metal launcher against
 # make asan   the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint   formatting and static checks
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo test bench scaling step gate report cuda asan lint format clean build
+.PHONY: demo test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+TESTS := $(VENV)/installed-tests
 TOOLKIT := .build/cuda-toolkit
+# A process a core. Two threads in each: one would leave code untested, and with more they wait for each other.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadgroup
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
 
 demo: build
 	$(RUN) examples/gemma4_vision.py $(ARGS)
 
-test: build
-	$(RUN) tools/build.py --simt --output .build/simt
-	$(RUN) -m pytest $(ARGS)
+test: build simt
+	$(PYTEST) -m "not check" $(ARGS)
 
-bench: build
+check: build simt
+	$(MAKE) cuda macos-headers ARGS=
+	$(PYTEST) $(ARGS)
+
+simt: $(TESTS)
+	$(RUN) tests/simt/build.py
+
+bench: build $(TESTS)
 	$(RUN) benchmarks/compare.py $(ARGS)
 
-scaling: build
+scaling: build $(TESTS)
 	$(RUN) benchmarks/scaling.py $(ARGS)
 
-step: build
+step: build $(TESTS)
 	$(RUN) benchmarks/step.py $(ARGS)
 
-gate: build
+gate: build $(TESTS)
 	$(RUN) benchmarks/regression.py $(ARGS)
 
-report: $(VENV)/installed
+report: $(TESTS)
 	$(RUN) benchmarks/report.py $(ARGS)
 
 cuda: $(VENV)/installed $(TOOLKIT)/installed
 	$(RUN) tools/build.py --backend cuda $(ARGS)
 
+macos-headers: $(VENV)/installed
+	$(RUN) tests/simt/metal/fetch_headers.py
+
 # Python itself isn't instrumented, so the runtimes go in first, and leaks can't be told from Python's
-# own. Not captured (-s): a report ends the process. torch.compile would only build more code.
-asan: $(VENV)/installed
+# own; tests of running out of memory get their null. Not captured (-s): a report ends the process. torch.compile would only build more code.
+asan: $(TESTS)
 	$(RUN) tools/build.py --sanitize --output .build/asan
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
 	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-format: $(VENV)/installed
+format: $(TESTS)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
@@ -69,6 +83,11 @@ build: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(TESTS): requirements-test.txt $(VENV)/installed
+	@echo "installing what the tests and benchmarks add into $(VENV) ..."
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 # Apart from the environment: nothing there needs it, and torch would take notice of triton.

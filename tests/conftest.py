@@ -1,9 +1,13 @@
 """Every test gets the kernel as users do: through `kernels.get_kernel`, on each device there is."""
 
 import copy
+import ctypes
+import functools
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +26,13 @@ import torch
 import reference
 from loopback_hub import LoopbackHub
 
-torch.manual_seed(0)
-
-
 SIMT_BUILDS = ROOT / ".build" / "simt"
+
+# Why a test is skipped: "needs WHAT", and after a colon the command that brings it.
+NEEDS_GPU = "needs a GPU"
+NEEDS_CLANG = "needs clang 19 and GCC's Objective-C runtime: apt-get install clang-19 gobjc++"
+# In CI nothing else may be missing, or it would be tested nowhere.
+MAY_BE_MISSING_IN_CI = re.compile("needs (a GPU|two GPUs|a Mac|a CPU with [a-z0-9]+)")
 
 
 class Variant(NamedTuple):
@@ -58,28 +65,33 @@ VARIANTS = {
 }
 
 
+@functools.cache
 def why_not(name):
-    """Why a variant can't be tested here, or None if it can."""
+    """What is missing to test a variant here, or None."""
     if name.endswith("-simt"):
         sources = VARIANTS[name].sources
         if (SIMT_BUILDS / sources).exists():
             return None
-        return f"not built (tools/build.py --simt {sources} --output .build/simt)"
+        return NEEDS_CLANG if sources == "metal" else f"needs the {name} variant: make test"
     if name == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU"
+        return NEEDS_GPU
     local = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
     platform = "cpu" if name == "cpu" else f"cu{torch.version.cuda.partition('.')[0]}*"
     variants = [*local.glob(f"torch*-{platform}-*"), *local.glob(f"build/torch*-{platform}-*")]
-    return None if variants else "not built (tools/build.py)"
+    return None if variants else f"needs the {name} variant: make build"
 
 
-AVAILABLE = [name for name in VARIANTS if why_not(name) is None]
+def pytest_ignore_collect(collection_path, config):
+    """kernel-builder's `nix run .#ci-test` lacks what the other files import."""
+    if config.option.markexpr == "kernels_ci" and collection_path.suffix == ".py":
+        return "kernels_ci" not in collection_path.read_text() or None
+    return None
 
 
-# The Hub's layers come without a choice of backend.
+# LayerRepository takes the variant for torch's own backend.
 needs_torch_for_cpu = pytest.mark.skipif(
     torch.version.cuda is not None and why_not("cuda") is not None,
-    reason="LayerRepository loads the variant for torch's own backend, CUDA's, and there is no GPU",
+    reason="needs a GPU, or the build of torch for CPUs (see README.md)",
 )
 
 
@@ -90,16 +102,105 @@ def pytest_report_header():
 
 
 def pytest_generate_tests(metafunc):
-    """Runs a test of the kernel on each variant, or on the one that @pytest.mark.variant names."""
+    """Runs a test of the kernel on each variant, or on those that @pytest.mark.variant names."""
     if "variant" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("variant")
-    names = [name for name in marker.args if name in AVAILABLE] if marker else AVAILABLE
-    if not names:
-        missing = marker.args if marker else VARIANTS
-        reason = ", ".join(f"{name}: {why_not(name)}" for name in missing)
-        names = [pytest.param(missing[0], marks=pytest.mark.skip(reason=reason))]
-    metafunc.parametrize("variant", names, indirect=True, scope="session")
+    variants = [
+        pytest.param(
+            name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "")
+        )
+        for name in (marker.args if marker else VARIANTS)
+    ]
+    metafunc.parametrize("variant", variants, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out the dtypes that a variant doesn't take: float64, on GPUs."""
+
+    def takes(item):
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if not parameters or "variant" not in parameters:
+            return True
+        dtypes = {parameters.get(name) for name in ("dtype", "residual_dtype")}
+        return torch.float64 not in dtypes - {*VARIANTS[parameters["variant"]].floats}
+
+    items[:] = filter(takes, items)
+
+
+# ----- what was not tested --------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return no_skip_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return no_skip_in_ci((yield))
+
+
+def skip_reason(report):
+    """Why a test was skipped, or a whole file."""
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
+def no_skip_in_ci(report):
+    """The report, a failure if in CI something was skipped that CI has to have."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = skip_reason(report)
+        if not MAY_BE_MISSING_IN_CI.fullmatch(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{report.nodeid}\nmay not be skipped in CI: {reason}"
+    return report
+
+
+def pytest_deselected(items):
+    """Counts what `make test` leaves to `make check`."""
+    config = items[0].config
+    if config.option.markexpr == "not check":
+        marks = filter(None, (item.get_closest_marker("check") for item in items))
+        counts = dict(Counter(mark.args[0] for mark in marks))
+        # A worker of pytest-xdist sends them home.
+        getattr(config, "workeroutput", vars(config)).setdefault("left_to_check", counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    vars(node.config).update(left_to_check=getattr(node, "workeroutput", {}).get("left_to_check"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """In words: what was not tested on this machine, and the command that would change it."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", ()) if not hasattr(r, "wasxfail")]
+    left_to_check = vars(config).get("left_to_check") or {}
+    if not skipped and not left_to_check:
+        return
+    packages, commands = [], []
+    terminalreporter.section("not tested on this machine")
+    for reason, count in Counter(map(skip_reason, skipped)).most_common():
+        what, _, command = reason.partition(": ")
+        terminalreporter.line(f"{count:5} skipped, because the test {what}")
+        if command.startswith("apt-get install "):
+            packages += command.split()[2:]
+        elif command:
+            commands.append(command)
+    for what, count in left_to_check.items():
+        terminalreporter.line(f"{count:5} left to maintainers: {what}")
+    if packages:
+        commands.insert(0, f"sudo apt-get install {' '.join(packages)}")
+    if commands or left_to_check:
+        commands.append("make check")
+        terminalreporter.line(
+            f"What can be tested here is, by `{' && '.join(dict.fromkeys(commands))}`."
+        )
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in a test, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -107,17 +208,6 @@ def variant(request):
     """The build under test. Tensors are made on its device."""
     with VARIANTS[request.param].device:
         yield VARIANTS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def skip_what_a_variant_does_not_take(request):
-    parameters = getattr(request.node, "callspec", None)
-    if parameters is None or "variant" not in parameters.params:
-        return
-    for name in ("dtype", "residual_dtype"):
-        dtype = parameters.params.get(name)
-        if dtype == torch.float64 and dtype not in request.getfixturevalue("variant").floats:
-            pytest.skip("only the CPU's kernels take float64")
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +226,15 @@ def kernel(variant):
 def variant_dir(kernel):
     """The folder from which the kernel was loaded."""
     return Path(kernel.__file__).parent
+
+
+@pytest.fixture
+def synchronize(variant_dir):
+    """Returns what PyTorch would raise when it next synchronises with the MPS stream, or None."""
+    (extension,) = variant_dir.glob("*.abi3.so")
+    function = ctypes.CDLL(extension).metal_synchronize
+    function.restype = ctypes.c_char_p
+    return lambda: (function() or b"").decode() or None
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import swapping
@@ -151,6 +151,45 @@ def sequence(args):
     assert torch.equal(grad_table, expected_table)
 
 
+def dtensor(args):
+    """DTensor splits the tokens, or the columns, without gathering what it need not."""
+    kernel = swapping.load(args.variant)
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(1)
+    ids, weights = torch.randint(-1, 9, (4, 6, 2)), torch.rand(4, 6, 2)
+    residual, grad = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    for shared, weighted in ((False, False), (True, True)):
+        table = torch.randn(9, 8) if shared else torch.randn(2, 9, 8)
+        splits = {
+            "none": (Replicate(), Replicate(), Replicate(), Replicate(), Replicate()),
+            "batch": (Shard(0), Replicate(), Shard(0), Shard(0), Partial()),
+            "tokens": (Shard(1), Replicate(), Shard(1), Shard(1), Partial()),
+            "columns": (Replicate(), Shard(table.dim() - 1), Replicate(), Shard(2), None),
+        }
+        tensors = (ids, table, weights if weighted else None, residual)
+
+        def lookup(ids, table, weights, residual, grad):
+            leaves = [leaf.detach().requires_grad_() for leaf in (table, residual)]
+            out = kernel.fused_embedding_lookup(ids, leaves[0], weights=weights, residual=leaves[1])
+            return out, torch.autograd.grad(out, leaves, grad)
+
+        expected, expected_grads = lookup(*tensors, grad)
+        for name, (*ways, by_grad) in splits.items():
+            placed = [
+                tensor if tensor is None else distribute_tensor(tensor, mesh, [way])
+                for tensor, way in zip((*tensors, grad), (*ways, ways[-1]))
+            ]
+            out, grads = lookup(*placed)
+            assert out.placements == (ways[-1],), (name, out.placements)
+            assert grads[0].placements == (by_grad or ways[1],), (name, grads[0].placements)
+            assert torch.equal(whole(out), expected), name
+            for actual, theirs in zip(grads, expected_grads):
+                torch.testing.assert_close(whole(actual), theirs, msg=name)
+            with torch.inference_mode():
+                assert kernel.fused_embedding_lookup(*placed[:2]).placements == (ways[-1],), name
+
+
 def tensor_parallel(args):
     """transformers' tp_plan="auto": the language model's layers are split, what sees the image isn't.
 
@@ -171,7 +210,7 @@ def tensor_parallel(args):
     torch.testing.assert_close(whole(actual), expected)
 
 
-WAYS = {f.__name__: f for f in (ddp, fsdp, fsdp_offload, zero3, sequence, tensor_parallel)}
+WAYS = {f.__name__: f for f in (ddp, fsdp, fsdp_offload, zero3, sequence, dtensor, tensor_parallel)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -2,14 +2,18 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import kernels
+import onnx
 import pytest
 import torch
 from kernels import Mode
 
 import swapping
 import tiny_models
+from conftest import REPO_ID
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 
@@ -44,6 +48,40 @@ def test_export(swap_in, name):
     loaded = torch.export.load(file).module()
     for batch in (doubled, tuple(arguments)):
         assert torch.equal(first(loaded(*batch, *extra)), first(original(*batch)))
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", ["e2b", "unified-12b"])
+def test_onnx_export_gives_the_originals_graph(swap_in, tmp_path, name, dynamo):
+    original, arguments = embedder_and_batch(name)
+    graphs = []
+    for module in (original, swap_in(torch.nn.Sequential(original))[0]):
+        file = tmp_path / "module.onnx"
+        torch.onnx.export(module, tuple(arguments), file, dynamo=dynamo)
+        nodes = onnx.load(file).graph.node
+        graphs.append([(node.op_type, node.input, node.output, node.attribute) for node in nodes])
+    assert graphs[0] == graphs[1]
+    assert "Gather" in {node[0] for node in graphs[0]} or "GatherND" in {n[0] for n in graphs[0]}
+
+
+def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_path):
+    """Its graph names the op, and the op's name the build: kernels-community allows no other name."""
+
+    class Lookup(torch.nn.Module):
+        def forward(self, ids, table):
+            return kernel.fused_embedding_lookup(ids, table)
+
+    arguments = torch.tensor([[1, 0]]), torch.randn(2, 3, 4)
+    path = tmp_path / "lookup.pt2"
+    torch.export.save(torch.export.export(Lookup(), arguments), path)
+    load = f"import torch; torch.export.load({str(path)!r}).module()"
+    get = f"import kernels; kernels.get_kernel({REPO_ID!r}, version=1, backend={kernel.__name__.split('_')[4]!r})"
+    results = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        for code in (load, f"{get}; {load}")
+    ]
+    assert [result.returncode for result in results] == [1, 0], results
+    assert f"torch.ops.{kernel.__name__}" in results[0].stderr
 
 
 def test_vision_tower_exported_and_compiled_ahead(swap_in, tmp_path):

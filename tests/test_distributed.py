@@ -1,25 +1,28 @@
-"""Training shared by two processes on this machine, over gloo: see distributed_worker.py."""
+"""Training shared by two processes on this machine, over gloo: see the workers."""
 
 import os
 import subprocess
 import sys
 
+import ninja
 import pytest
 import torch
 
 import tiny_models
 from conftest import ROOT
 
-pytestmark = pytest.mark.variant("cpu")
+pytestmark = [pytest.mark.variant("cpu"), pytest.mark.check("training shared by processes")]
 
 
-def share(way, name, variant_dir, *arguments, processes=2):
+def share(way, name, variant_dir, *arguments, processes=2, worker="distributed_worker.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "distributed_worker.py", way, name, variant_dir]
+    command += [f"--nproc-per-node={processes}", worker, way, name, variant_dir]
+    # DeepSpeed compiles, with a ninja that it looks for on the PATH.
+    path = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
     result = subprocess.run(
         [*command, *arguments],
         cwd=ROOT / "tests",
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -34,9 +37,18 @@ def test_training_step(variant_dir, way, name):
     share(way, name, variant_dir)
 
 
+@pytest.mark.parametrize("way", ["fsdp", "zero3"])
+def test_training_step_of_qwen3_vl(variant_dir, way):
+    share(way, "qwen3_vl", variant_dir, worker="vision_worker.py")
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_sequence_split_over_ranks(variant_dir, processes):
     share("sequence", "e2b", variant_dir, processes=processes)
+
+
+def test_dtensor(variant_dir):
+    share("dtensor", "e2b", variant_dir)
 
 
 @pytest.mark.parametrize("name", ["e2b", "unified-12b"])

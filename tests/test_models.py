@@ -68,6 +68,11 @@ def test_training_step(swap_in, name, dtype):
     assert torch.equal(actual, expected)
     expected.backward()
     actual.backward()
+    check_gradients(ours, original, dtype)
+
+
+def check_gradients(ours, original, dtype):
+    """The same, but for the table's rounding."""
     for (path, parameter), theirs in zip(ours.named_parameters(), original.parameters()):
         if theirs.grad is None:
             assert parameter.grad is None, path
@@ -94,6 +99,20 @@ def test_diffusion_gemma(swap_in, dtype):
         for model in (original, ours)
     )
     assert torch.equal(actual.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding_gemma2(swap_in, dtype):
+    """It builds Gemma 4's vision tower: the same embeddings of text and photo, the same gradients."""
+    original = tiny_models.build("embedding", dtype)
+    ours = swap_in(original)
+    batch = to(tiny_models.prompt("e2b"), dtype)
+    del batch["mm_token_type_ids"]
+    expected, actual = (model(**batch).last_hidden_state for model in (original, ours))
+    assert torch.equal(actual, expected)
+    expected.pow(2).sum().backward()
+    actual.pow(2).sum().backward()
+    check_gradients(ours, original, dtype)
 
 
 def test_no_one_hot_and_no_intermediate(swap_in):

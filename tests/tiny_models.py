@@ -9,6 +9,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
+    EmbeddingGemma2Config,
+    EmbeddingGemma2Model,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
     Gemma4Processor,
@@ -73,6 +75,14 @@ def build(name, dtype=torch.float32):
         )
         model = DiffusionGemmaForBlockDiffusion(config)
         table = next(p for n, p in model.named_parameters() if n.endswith("_embedding_table"))
+    elif name == "embedding":
+        config = EmbeddingGemma2Config(
+            text_config=TEXT | {"hidden_size_per_layer_input": 8, "embedding_dim": 24},
+            vision_config=_vision(reference.SMALL_VISION_CONFIG),
+            **TOKENS,
+        )
+        model = EmbeddingGemma2Model(config)
+        table = model.vision_tower.patch_embedder.position_embedding_table
     else:
         text, vision = {
             "e2b": (SMALL_TEXT, reference.SMALL_VISION_CONFIG),
@@ -89,7 +99,7 @@ def _vision(values):
     return {"model_type": "gemma4_vision", **values}
 
 
-MODELS = ("e2b", "31b", "unified-12b", "diffusion")
+MODELS = ("e2b", "31b", "unified-12b", "diffusion", "embedding")
 
 
 def photos(count=1):
