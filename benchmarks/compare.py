@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from tqdm import tqdm
 
+IDS = ("grid", "random", "single", "interpolated")
 PEERS = ("eager", "torch.compile", "embedding_bag", "one-hot")
 FAST = "--peers eager torch.compile embedding_bag"  # one-hot takes seconds
 MEMORY = "--dtype bf16 --direction forward --peers eager one-hot --rounds 2"
@@ -42,6 +43,12 @@ SUITE = [
         f"--dtype fp32 --dtype bf16 --direction forward {FAST} --batch 1 --patches {patches}"
         for patches in (630, 1260, 5040, 10080)
     ),
+    # The Qwen3-VL family: weights, and one table that all axes read.
+    *(
+        f"--dtype bf16 --dtype fp32 {FAST} --ids interpolated --patches {patches} --hidden 1152 "
+        f"--rows 2304 --batch 1"
+        for patches in (256, 4096, 16384)
+    ),
     *(f"{MEMORY} --batch {batch}" for batch in (1, 2, 4, 8)),
 ]
 
@@ -51,7 +58,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--ids", default="grid", choices=["grid", "random", "single"])
+    parser.add_argument("--ids", default="grid", choices=IDS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--patches", type=int, default=2520, help="per image; 1 in 21 is padding")
     parser.add_argument("--hidden", type=int, default=768)
@@ -120,15 +127,20 @@ def rows_of(kernel, args, dtype_name):
     """Time all peers for one dtype. Returns a row for each direction."""
     dtype = measure.DTYPES[dtype_name]
     position_ids, padding = measure.images(args.batch, args.patches)
-    if args.ids == "random":
+    table_shape, activation_shape = (2, args.rows), (args.batch, args.patches)
+    weights = ()
+    if args.ids == "interpolated":
+        position_ids, *weights = measure.interpolated(args.patches, args.rows)
+        padding, table_shape, activation_shape = None, (args.rows,), (args.patches,)
+    elif args.ids == "random":
         position_ids.random_(0, args.rows)
     elif args.ids == "single":
         position_ids.zero_()
     on_gpu = args.device == "cuda"
-    table = torch.randn(2, args.rows, args.hidden, dtype=dtype, requires_grad=True)
-    residual = torch.randn(args.batch, args.patches, args.hidden, dtype=dtype, requires_grad=True)
+    table = torch.randn(*table_shape, args.hidden, dtype=dtype, requires_grad=True)
+    residual = torch.randn(*activation_shape, args.hidden, dtype=dtype, requires_grad=True)
     grad = torch.randn_like(residual)
-    arguments = (position_ids, table, padding, residual)
+    arguments = (position_ids, table, padding, residual, *weights)
 
     torch._dynamo.reset()
     ours = measure.fused(kernel)
@@ -140,7 +152,9 @@ def rows_of(kernel, args, dtype_name):
     }
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     # Half of what is free: its backward wants as much again.
-    if 2 * measure.one_hot_bytes(args.batch, args.patches, args.rows, dtype) > free:
+    if weights:
+        del peers["one-hot"]
+    elif 2 * measure.one_hot_bytes(args.batch, args.patches, args.rows, dtype) > free:
         print("one-hot: doesn't fit in memory, not measured")
         del peers["one-hot"]
     peers = {"ours": ours} | {n: p for n, p in peers.items() if not args.peers or n in args.peers}
@@ -149,8 +163,11 @@ def rows_of(kernel, args, dtype_name):
         atol = 0 if peer is ours else 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(peer(*arguments), expected, rtol=atol, atol=atol)
 
-    distinct = sum(len(position_ids[..., axis].unique()) for axis in range(2))
-    ids_bytes = position_ids.nbytes + padding.nbytes
+    if weights:
+        distinct = len(position_ids.unique())
+    else:
+        distinct = sum(len(position_ids[..., axis].unique()) for axis in range(2))
+    ids_bytes = sum(t.nbytes for t in (position_ids, padding, *weights) if t is not None)
     bytes_moved = {
         "forward": 2 * residual.nbytes + ids_bytes + distinct * args.hidden * dtype.itemsize,
         "backward": grad.nbytes + table.nbytes + ids_bytes,
@@ -194,9 +211,9 @@ def rows_of(kernel, args, dtype_name):
             },
         }
         if on_gpu and direction == "forward":
-            x = position_ids[..., 0].clamp(min=0)
+            x, rows_of_x = position_ids[..., 0].clamp(min=0), table if weights else table[0]
             calls = {name: lambda peer=peer: peer(*arguments) for name, peer in peers.items()}
-            calls["one F.embedding"] = lambda x=x: F.embedding(x, table[0])
+            calls["one F.embedding"] = lambda x=x, w=rows_of_x: F.embedding(x, w)
             with torch.no_grad():
                 row["host_us"] = {name: host_microseconds(call) for name, call in calls.items()}
         rows.append(row)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,16 +44,19 @@ def load_kernel(device="cpu"):
 def fused(kernel):
     """Ours, with the peers' signature."""
 
-    def ours(position_ids, table, padding, residual):
+    def ours(position_ids, table, padding, residual, weights=None):
         return kernel.fused_embedding_lookup(
-            position_ids, table, padding=padding, residual=residual
+            position_ids, table, weights=weights, padding=padding, residual=residual
         )
 
     return ours
 
 
-def eager(position_ids, table, padding, residual):
-    """transformers since 5.10, where there are two axes."""
+def eager(position_ids, table, padding, residual, weights=None):
+    """transformers since 5.10: Gemma 4, or with weights the Qwen3-VL family."""
+    if weights is not None:
+        embedding = (F.embedding(position_ids, table) * weights[:, :, None]).sum(1)
+        return residual + embedding.to(residual.dtype)
     embedding = None
     for axis, ids in enumerate(position_ids.clamp(min=0).unbind(-1)):
         term = F.embedding(ids, table[axis])
@@ -60,8 +64,12 @@ def eager(position_ids, table, padding, residual):
     return residual + torch.where(padding.unsqueeze(-1), 0.0, embedding)
 
 
-def embedding_bag(position_ids, table, padding, residual):
-    """Both axes in one lookup of PyTorch's own fused lookup-and-sum."""
+def embedding_bag(position_ids, table, padding, residual, weights=None):
+    """All axes in one lookup of PyTorch's own fused lookup-and-sum, which rounds the weights."""
+    if weights is not None:
+        weights = weights.to(table.dtype)
+        bags = F.embedding_bag(position_ids, table, per_sample_weights=weights, mode="sum")
+        return residual + bags
     axes, rows, hidden = table.shape
     ids = position_ids.clamp(min=0) + torch.arange(axes, device=position_ids.device) * rows
     embedding = F.embedding_bag(ids.view(-1, axes), table.view(-1, hidden), mode="sum")
@@ -97,6 +105,15 @@ def images(batch, patches):
     position_ids = torch.full((batch, patches, 2), -1)
     position_ids[:, : x.numel()] = torch.stack([x, y], dim=-1).reshape(-1, 2)
     return position_ids, (position_ids == -1).all(-1)
+
+
+def interpolated(patches, rows):
+    """Ids and weights of one square image in a square table, as Qwen3-VL's tower makes them."""
+    side = round(patches**0.5)
+    grid = torch.tensor([[1, side, side]])
+    return get_vision_interpolation_indices_and_weights(
+        grid, round(rows**0.5), align_corners=True, spatial_merge_size=2
+    )
 
 
 # ----- time ---------------------------------------------------------------------------------------
@@ -146,12 +163,12 @@ def summary(times, unit="ms"):
         name: [float(f"{q:.4g}") for q in np.percentile(seconds, [25, 50, 75]) * scale]
         for name, seconds in times.items()
     }
-    ours = np.array(times["ours"])
+    ours = times["ours"]  # one of the two may be slow, and have taken part in fewer rounds
     return {
         f"median_{unit}": {name: q[1] for name, q in quartiles.items()},
         f"quartiles_{unit}": {name: [q[0], q[2]] for name, q in quartiles.items()},
         "ratio": {
-            name: median_with_interval(np.array(seconds) / ours[: len(seconds)])
+            name: median_with_interval([peer / our for peer, our in zip(seconds, ours)])
             for name, seconds in times.items()
             if name != "ours"
         },

@@ -28,6 +28,7 @@ TRAINING_BATCH = 40  # of issue 46175 of transformers
 # Device, shape, direction, dtype, peer, the least ratio of its time to ours. Against "copy" it is the
 # share of a copy's bandwidth: 2/3 is 1.5 times the time that a copy of the bytes takes.
 CPU = {"batch": 8, "patches": 2520, "hidden": 768, "rows": 10240, "ids": "grid"}
+INTERPOLATED = {"batch": 1, "hidden": 1152, "rows": 2304, "ids": "interpolated"}
 GPU = CPU | {"batch": 40}
 IMAGE = CPU | {"batch": 1}
 TARGETS = [
@@ -39,6 +40,23 @@ TARGETS = [
     ("cpu", CPU, "backward", "fp32", "torch.compile", 5),
     ("cpu", CPU, "backward", "bf16", "eager", 4),
     ("cpu", CPU, "backward", "bf16", "torch.compile", 8),
+    *(
+        ("cpu", INTERPOLATED | {"patches": patches}, direction, dtype, peer, least)
+        for direction, dtype, patches, *ratios in (
+            ("forward", "bf16", 256, 10, 2),
+            ("forward", "bf16", 4096, 30, 1.1),
+            ("forward", "bf16", 16384, 20, 1.1),
+            ("forward", "fp32", 256, 2, 1.5),
+            ("forward", "fp32", 4096, 20, 20),
+            ("forward", "fp32", 16384, 8, 8),
+            ("backward", "bf16", 256, 2, 8),
+            ("backward", "bf16", 4096, 8, 4),
+            ("backward", "bf16", 16384, 8, 4),
+        )
+        for peer, least in zip(("eager", "torch.compile"), ratios)
+    ),
+    ("cpu", CPU | {"ids": "random"}, "backward", "bf16", "copy", 0.25),
+    ("cpu", CPU | {"ids": "random"}, "backward", "fp32", "copy", 0.25),
     *(
         ("gpu", shape, direction, "bf16", peer, least)
         for shape in (GPU, GPU | {"hidden": 1152})
@@ -212,6 +230,21 @@ def step_rows(rows):
 
 def microseconds(value):
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def mac_rows(rows):
+    for row in rows:
+        if "chip" in row:
+            times = row["median_ms"]
+            yield {
+                "": f"{row['chip']}, {row['direction']}, {row['problem']}",
+                "ours": f"{times['ours']:.3g} ms",
+                "vs eager": f"{times['eager'] / times['ours']:.3g}x",
+                "must move": f"{row['floor_bytes'] / 1e6:.0f} MB",
+                "of a copy's bandwidth": f"{times['copy'] / times['ours']:.0%}",
+                "torch": row["torch"],
+                "commit": f"{row['commit']}, {row['date']}",
+            }
 
 
 def sweep_rows(rows):
@@ -515,6 +548,7 @@ def generated():
         "main": main_rows(op),
         "cpu": op_rows("cpu", op),
         "gpu": op_rows("gpu", op),
+        "mac": mac_rows(rows),
         "step": step_rows(rows),
         "sweeps": sweep_rows(rows),
         "call": call_rows(rows),

@@ -27,6 +27,14 @@ SWEEPS = {
     "H": [BASE | {"hidden": h} for h in (64, 128, 256, 768, 1152, 2304, 3840)],
     "P": [BASE | {"rows": p} for p in (128, 1024, 10240, 65_536, 262_144)],
     "K": [BASE | {"axes": k} for k in (1, 2, 3, 4)],
+    # The ids of a language model, and audio codebooks: nothing grows with a product of sizes.
+    "N, all of P=262,144, H=64": [
+        BASE | {"patches": n, "rows": 262_144, "hidden": 64, "axes": 1, "distinct": 262_144}
+        for n in (1000, 10_000, 100_000, 1_000_000)
+    ],
+    "K, all of P=2,050, H=1,024": [
+        BASE | {"rows": 2050, "hidden": 1024, "axes": k, "distinct": 2050} for k in (1, 4, 16, 64)
+    ],
 }
 AXES = {"N": "patches", "B": "batch", "H": "hidden", "P": "rows", "K": "axes"}  # a sweep's size
 ROUNDS = 15
@@ -63,8 +71,9 @@ def main():
 def measure_shape(kernel, shape):
     """Ours and eager, for one set of sizes. Yields the times of each direction."""
     batch, patches, axes = shape["batch"], shape["patches"], shape["axes"]
-    # As images have them: few distinct ids, each many times.
-    position_ids = torch.randint(0, min(60, shape["rows"]), (batch, patches, axes))
+    # Unless told otherwise as images have them: few distinct ids, each many times.
+    distinct = shape.get("distinct", min(60, shape["rows"]))
+    position_ids = torch.randint(0, distinct, (batch, patches, axes))
     padding = torch.zeros(batch, patches, dtype=torch.bool)
     table = torch.randn(axes, shape["rows"], shape["hidden"]).bfloat16().requires_grad_()
     residual = torch.randn(batch, patches, shape["hidden"], dtype=torch.bfloat16)
@@ -142,13 +151,13 @@ def host_breakdown(kernel):
         "ours": f"function(ids, table, {all_arguments})",
         "recording for autograd": f"function(ids, trained, {all_arguments})",
         "no_grad, a table that is trained": f"function(ids, trained, {all_arguments})",
-        "the op, without the function": "op(ids, table, padding, residual, None)",
-        "its overload": "overload(ids, table, padding, residual, None)",
+        "the op, without the function": "op(ids, table, None, padding, residual, None, None)",
+        "its overload": "overload(ids, table, None, padding, residual, None, None)",
         "its overload, no tokens (checks, no launch)": (
-            "overload(none, table, no_padding, no_residual, None)"
+            "overload(none, table, None, no_padding, no_residual, None, None)"
         ),
         "its overload, inference tensors (no autograd layer)": (
-            "overload(inference_ids, inference_table, inference_padding, inference_residual, None)"
+            "overload(inference_ids, inference_table, None, inference_padding, inference_residual, None, None)"
         ),
         "an op of ours that only returns a string": "nothing()",
         "one F.embedding": "embedding(x, rows)",
