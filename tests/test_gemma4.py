@@ -50,6 +50,28 @@ def test_patch_embedder(variant, swap_in, dtype, padded):
     assert ((ours.position_embedding_table.grad.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("pixels_dtype", [*reference.FLOATS, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", reference.FLOATS[:3], ids=str)
+def test_pixels_of_another_dtype(swap_in, dtype, pixels_dtype):
+    """Equal output, and the gradient of the pixels, of which processors make float32."""
+    original = embedder(dtype)
+    ours = swap_in(original)
+    pixels, *places = images(torch.float32)
+    pixels = (
+        (255 * pixels).to(pixels_dtype) if pixels_dtype == torch.uint8 else pixels.to(pixels_dtype)
+    )
+    pixels.requires_grad_(pixels.is_floating_point())
+    expected, actual = original(pixels, *places), ours(pixels, *places)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+    if pixels.requires_grad:
+        grad = torch.randn_like(expected)
+        ours_grad, expected_grad = (
+            torch.autograd.grad(out, pixels, grad)[0] for out in (actual, expected)
+        )
+        assert torch.equal(ours_grad, expected_grad)
+
+
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_patch_embedder_under_autocast(variant, swap_in, autocast_dtype):
     """The projection is 16-bit, the table float32: mixed dtypes, a float32 result."""
