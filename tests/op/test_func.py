@@ -22,8 +22,8 @@ from torch.func import (
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-import reference
 from conftest import ROOT
+from helpers import reference
 
 # In float64, and with the shared table that a batch of tables becomes.
 pytestmark = pytest.mark.variant("cpu")

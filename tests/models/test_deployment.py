@@ -11,9 +11,8 @@ import pytest
 import torch
 from kernels import Mode
 
-import swapping
-import tiny_models
 from conftest import REPO_ID
+from helpers import swapping, tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import reference
 from conftest import ROOT
+from helpers import reference
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import Moved, count_traffic

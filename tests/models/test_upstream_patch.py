@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-import patched as patching
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu
+from helpers import patched as patching
 
 LAYER = "Gemma4VisionPatchEmbedder"
 QWEN_LAYER = "VisionInterpolatedPositionEmbedding"
@@ -77,7 +77,7 @@ from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.integrations import hub_kernels
 from transformers.models.gemma4 import modeling_gemma4, modular_gemma4
 
-import reference
+from helpers import reference
 
 patched = Path(sys.argv[1])
 assert Path(transformers.__file__).parent == patched / "transformers"
@@ -122,7 +122,7 @@ import transformers
 from kernels import LayerRepository, Mode, kernelize, use_kernel_mapping
 from transformers.integrations import hub_kernels
 
-from vision_towers import GRID, build, inputs
+from helpers.vision_towers import GRID, build, inputs
 
 assert Path(transformers.__file__).parent == Path(sys.argv[1]) / "transformers"
 entry = hub_kernels.get_kernel_mapping_transformers()["{QWEN_LAYER}"]

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import reference
+from helpers import reference
 
 
 def arguments(dtype=torch.float32, residual_dtype=None, requires_grad=True, shape=(2, 6), hidden=5):

@@ -55,7 +55,7 @@ def test_capability_is_the_best_there_is(kernel):
 def test_op_with_a_lesser_instruction_set(kernel, capability):
     """test_op.py, whole, with what a CPU without AVX-512 (or without AVX2) would run."""
     assert " passed" in run(
-        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", "test_op.py"
+        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", "op/test_op.py"
     )
 
 

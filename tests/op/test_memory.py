@@ -5,7 +5,7 @@ import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from torch.profiler import ProfilerActivity, profile
 
-pytestmark = pytest.mark.variant("cpu")  # tests/test_cuda.py has a GPU's
+pytestmark = pytest.mark.variant("cpu")  # tests/devices/test_cuda.py has a GPU's
 
 HUGE = 2**46  # more tokens, columns or bytes than there are addresses, of which none is touched
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from test_cuda_binary import NOT_BUILT
 
 from conftest import ROOT, why_not
-from test_cuda_binary import NOT_BUILT
 
 pytestmark = pytest.mark.check("tools/gpu_check.sh, rehearsed")
 

@@ -11,7 +11,7 @@ from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedVisionEmbedder
 
-import reference
+from helpers import reference
 
 CONFIGS = (
     Gemma4UnifiedVisionConfig(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import reference
 from conftest import NEEDS_CLANG, ROOT
+from helpers import reference
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import count_traffic
@@ -60,7 +60,7 @@ def run(script, **environment):
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT / "tests",
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "devices")} | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import patched
-from vision_towers import GRID, SMALL, build, inputs, swap, undo
+from helpers import patched
+from helpers.vision_towers import GRID, SMALL, build, inputs, swap, undo
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,21 +8,23 @@ import ninja
 import pytest
 import torch
 
-import tiny_models
 from conftest import ROOT
+from helpers import tiny_models
 
 pytestmark = [pytest.mark.variant("cpu"), pytest.mark.check("training shared by processes")]
 
 
 def share(way, name, variant_dir, *arguments, processes=2, worker="distributed_worker.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", worker, way, name, variant_dir]
+    command += [f"--nproc-per-node={processes}", f"helpers/{worker}", way, name, variant_dir]
     # DeepSpeed compiles, with a ninja that it looks for on the PATH.
     path = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
     result = subprocess.run(
         [*command, *arguments],
         cwd=ROOT / "tests",
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
+        | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         check=False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import reference
+from helpers import reference
 
 pytestmark = pytest.mark.variant("cuda")
 
@@ -122,7 +122,7 @@ def test_graph(kernel):
 
 def test_first_call_in_a_capture(kernel):
     """In a process of its own, in which nothing of ours has been loaded."""
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+    script = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "gpu.py"
     result = subprocess.run(
         [sys.executable, script, "first-capture"], capture_output=True, text=True, check=False
     )

@@ -5,7 +5,7 @@ import torch
 from kernels import Mode
 from transformers import pipeline
 
-import tiny_models
+from helpers import tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

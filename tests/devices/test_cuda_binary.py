@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_package import undefined_symbols
 
 from conftest import ROOT
-from test_package import undefined_symbols
 
 LOCAL = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
 TOOLKIT = ROOT / ".build/cuda-toolkit"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-import reference
-from reference import FLOATS
+from helpers import reference
+from helpers.reference import FLOATS
 
 MODELS = [
     "cohere_compass",

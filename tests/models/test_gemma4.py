@@ -9,7 +9,7 @@ from kernels import Mode
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPatchEmbedder
 
-import reference
+from helpers import reference
 
 CONFIG = Gemma4VisionConfig(**reference.SMALL_VISION_CONFIG)
 

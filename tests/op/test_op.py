@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
-from reference import FLOATS
+from helpers import reference
+from helpers.reference import FLOATS
 
 
 def restride(tensor, how):

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distributed_worker import whole
-from vision_towers import build_model, prompt, swap
+from helpers.distributed_worker import whole
+from helpers.vision_towers import build_model, prompt, swap
 
 
 def samples(ranks):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu, publish
-from loopback_hub import LoopbackHub
+from helpers.loopback_hub import LoopbackHub
 
 pytestmark = [pytest.mark.variant("cpu"), pytest.mark.xdist_group("hub")]  # which is filled once
 
@@ -26,7 +26,7 @@ LAYER = "Gemma4VisionPatchEmbedder"
 PRELUDE = f"""
 import torch
 import kernels
-import reference
+from helpers import reference
 from kernels import LayerRepository, LockedLayerRepository, Mode
 
 REPO, LAYER = "{REPO_ID}", "{LAYER}"
@@ -242,7 +242,7 @@ def test_from_pretrained_with_kernel_config(published, tmp_path):
 def test_from_pretrained_with_kernel_config_unified(published, tmp_path):
     """The same for Gemma 4 Unified, a whole model."""
     script = """
-    import tiny_models
+    from helpers import tiny_models
     from transformers import KernelConfig
     from transformers.utils import kernel_config
 
@@ -279,7 +279,7 @@ def test_a_table_that_the_checkpoint_lacks_starts_as_the_originals(
 ):
     """Gemma 4's as ones, Unified's as noise, and not as what was in memory."""
     script = f"""
-    import tiny_models
+    from helpers import tiny_models
     from safetensors.torch import load_file, save_file
     from transformers import KernelConfig
     from transformers.utils import kernel_config

@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-import swapping
-import tiny_models
+from helpers import swapping, tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 NAMES = ["e2b", "unified-12b"]

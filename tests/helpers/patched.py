@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALLED = Path(transformers.__file__).parent
 GEMMA_PATCH = ROOT / "upstream" / "transformers-5.22.patch"
 QWEN_PATCH = ROOT / "upstream" / "qwen3_vl-transformers-5.22.patch"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_towers import MODELS, build_model, prompt, swap, undo
+from helpers.vision_towers import MODELS, build_model, prompt, swap, undo
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 DTYPES = [torch.float32, torch.bfloat16]

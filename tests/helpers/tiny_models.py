@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-import reference
+from helpers import reference
 
 TOKENS = {
     "image_token_id": 100,

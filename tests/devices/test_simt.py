@@ -11,8 +11,8 @@ import kernels
 import pytest
 import torch
 
-import reference
 from conftest import ROOT, why_not
+from helpers import reference
 
 
 def problem(hidden, dtype):
@@ -261,7 +261,7 @@ from pathlib import Path
 import kernels
 import torch
 
-import reference
+from helpers import reference
 from test_op import test_strides_past_32_bits
 from test_simt import problem, run
 sys.path.insert(0, "tests/simt")
@@ -383,11 +383,12 @@ def check_build(checkout, backend):
     # Without $CXXFLAGS: what is broken may also be unused, which -Werror would notice first.
     environment = {key: value for key, value in os.environ.items() if key != "CXXFLAGS"}
     check = [sys.executable, "-c", CHECK, checkout / ".build" / "simt" / backend, backend]
+    paths = [str(checkout / "tests" / folder) for folder in ("", "op", "devices")]
     for command in (build, check):
         result = subprocess.run(
             command,
             cwd=checkout,
-            env=environment | {"PYTHONPATH": str(checkout / "tests")},
+            env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,
             check=False,

@@ -6,7 +6,7 @@ import kernels
 import torch
 from torch import nn
 
-import patched
+from helpers import patched
 
 LAYER = "VisionInterpolatedPositionEmbedding"
 QWEN = {

@@ -1,4 +1,4 @@
-"""One process of tests/test_distributed.py, started by torchrun: trains a step in some way of sharing it.
+"""One process of tests/models/test_distributed.py, started by torchrun: trains a step in some way of sharing it.
 
 Rank 0 compares with the step taken alone and says so; a difference is an error.
 """
@@ -19,8 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import swapping
-import tiny_models
+from helpers import swapping, tiny_models
 
 
 def samples(name, ranks):
