@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-# Of a build, of which the tests have one wherever they run; by its path, for any variant's will do.
-_BUILDS = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
+# Of a build, of which the tests have one wherever they run; by its path, for any variant's will do. Scripts
+# that get the kernel from a Hub have no LOCAL_KERNELS.
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_BUILDS = Path(os.environ.get("LOCAL_KERNELS", f"={_ROOT}").partition("=")[2])
 _SOURCE = next(p for place in ("", "build/") for p in _BUILDS.glob(f"{place}torch*/reference.py"))
 _SPEC = importlib.util.spec_from_file_location("fused_embedding_lookup_reference", _SOURCE)
 _eager = importlib.util.module_from_spec(_SPEC)
