@@ -75,7 +75,9 @@ def compare_times():
             break
     failed = []
     for name, ratio in best.items():
-        failed += report(name, ratio >= LEAST, f"{ratio:.3g} times as fast as eager, at least {LEAST}")
+        failed += report(
+            name, ratio >= LEAST, f"{ratio:.3g} times as fast as eager, at least {LEAST}"
+        )
     return failed
 
 
@@ -83,7 +85,9 @@ def compare_instructions(kernel):
     baseline = json.loads(BASELINE.read_text())
     for what, here in (("machine", measure.machine(kernel)), ("compiler", compiler())):
         if baseline[what] != here:
-            print(f"instructions: not compared, counted with {what} {baseline[what]}, this is {here}")
+            print(
+                f"instructions: not compared, counted with {what} {baseline[what]}, this is {here}"
+            )
             return []
     failed = []
     for name, count in instructions().items():
@@ -155,9 +159,7 @@ def instructions():
         counts = {}
         for number, (name, direction) in enumerate(cases(), start=1):
             dump = Path(folder, f"out.{number}").read_text()
-            counts[f"{direction} {name}"] = int(
-                re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1]
-            )
+            counts[f"{direction} {name}"] = int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1])
     if not all(counts.values()):
         sys.exit(f"error: callgrind did not see the launchers, it counted {counts}")
     return counts

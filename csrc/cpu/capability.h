@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "embedding_lookup.h"
+#include "pixel_scaling.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define EMBEDDING_LOOKUP_X86_DISPATCH 1
@@ -56,6 +57,9 @@ struct CpuKernels {
 
   // Writes zeros. `stream` as above, but from any address.
   void (*clear)(void* out, int64_t bytes, bool stream);
+
+  // The third op's elements [begin, end). `stream` as for the forward.
+  void (*scale)(const Scaling& scaling, int64_t begin, int64_t end, bool stream);
 };
 
 extern const CpuKernels kBaseline;

@@ -17,9 +17,10 @@ namespace embedding_lookup_metal {
 enum : uint32_t {
   kMaxEntries = 64,
   kMaxTokenDims = 8,
-  kSimdWidth = 32,    // of every Apple GPU
-  kVectorWidth = 4,   // columns that a thread handles at once where the alignment lets it
-  kMaxThreads = 1024  // of a threadgroup
+  kSimdWidth = 32,     // of every Apple GPU
+  kVectorWidth = 4,    // columns that a thread handles at once where the alignment lets it
+  kMaxThreads = 1024,  // of a threadgroup
+  kScaledVectors = 4   // pixels of a thread that are in flight at once, in vectors
 };
 
 // Of the backward.
@@ -61,7 +62,11 @@ enum BufferIndex {
   kInterpolation,
   kGrid,
   kPatchIds,
-  kPatchWeights
+  kPatchWeights,
+  // Scaling.
+  kScaling,
+  kPixels,
+  kScaled
 };
 
 // Tensors begin where their buffer is bound. All strides count elements.
@@ -121,6 +126,10 @@ struct Interpolation {
   uint32_t num_images;
   uint32_t num_patches;
   uint32_t grid_is_int64;
+};
+
+struct Scaling {
+  int64_t num_vectors;
 };
 
 // PyTorch's, as in c10/metal/error.h, which the builder's Metal compiler doesn't find.

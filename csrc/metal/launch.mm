@@ -21,6 +21,7 @@
 #include EMBEDDED_METALLIB_HEADER
 #include "arguments.h"
 #include "embedding_lookup.h"
+#include "pixel_scaling.h"
 #include "vision_interpolation.h"
 
 namespace embedding_lookup {
@@ -428,6 +429,28 @@ void launch_interpolation(const Interpolation& interpolation, torch::stable::Dev
     encoder.bind(metal::kPatchWeights, interpolation.weights, output(stand_in));
     const int64_t threads = int64_t{encoder.simdgroups()} * metal::kSimdWidth;
     encoder.dispatch(divide_up(interpolation.num_patches + 1, threads));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Scaling.
+
+void launch_scaling(const Scaling& scaling, torch::stable::Device) {
+  constexpr int64_t kThreads = 256;
+  const bool vectorise = scaling.count % metal::kVectorWidth == 0 &&
+                         can_vectorise(scaling.pixels, nullptr, 0) &&
+                         can_vectorise(scaling.out, nullptr, 0);
+  const int64_t width = vectorise ? metal::kVectorWidth : 1;
+  const metal::Scaling params{scaling.count / width};
+  const std::string name = shader_name(
+      "scale_pixels", {shader_dtype(scaling.pixels.dtype), shader_dtype(scaling.out.dtype)}, width);
+  on_stream([&](Encoder& encoder) {
+    encoder.use(name, kThreads);
+    encoder.set(metal::kScaling, params);
+    encoder.bind(metal::kPixels, scaling.pixels);
+    encoder.bind(metal::kScaled, scaling.out);
+    const int64_t threads = int64_t{encoder.simdgroups()} * metal::kSimdWidth;
+    encoder.dispatch(divide_up(params.num_vectors, threads * metal::kScaledVectors));
   });
 }
 

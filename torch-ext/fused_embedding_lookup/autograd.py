@@ -1,7 +1,7 @@
 """The op's derivatives and batching rule: what autograd, forward-mode AD and torch.func see of it.
 
 Forward is linear in the table and the residual, and backward is its adjoint: each is the other's
-derivative. Both stand on the `Autograd` dispatch key, where `torch.func` meets them once for every
+derivative. They and the scaling of pixels stand on the `Autograd` dispatch key, where `torch.func` meets them once for every
 level of a nested transform. PyTorch has no public way to register a forward-mode derivative there;
 on a version that lacks one of the private names below, transforms are refused.
 """
@@ -20,6 +20,7 @@ from ._ops import add_op_namespace_prefix, ops
 try:
     from torch._C import (
         _after_autograd_keyset,
+        _any_requires_grad,
         _are_functorch_transforms_active,
         _is_fwd_grad_enabled,
     )
@@ -33,7 +34,7 @@ except ImportError as error:
 else:
     MISSING = None
 
-FORWARD, BACKWARD = ops.forward.default, ops.backward.default
+FORWARD, BACKWARD, SCALING = ops.forward.default, ops.backward.default, ops.scaling.default
 _library = torch.library.Library(add_op_namespace_prefix("").rstrip(":"), "IMPL")
 
 
@@ -76,12 +77,19 @@ def records_nothing(position_ids, table, weights, padding, residual) -> bool:
         and type(residual) in _PLAIN_OR_NONE
         and forward_ad._current_level < 0
         and not _are_functorch_transforms_active()
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(table, weights, residual))
+        and not (torch.is_grad_enabled() and _any_requires_grad(table, weights, residual))
     )
 
 
-def refuse_missing_derivative(tensor: Tensor) -> None:
-    """Forward-mode AD where it could not be registered: PyTorch would take the tangent for zero."""
+def check_tensor(name: str, tensor) -> None:
+    """What is not a tensor is named. (The extension checks the rest.)
+
+    So is forward-mode AD where it could not be registered: PyTorch would take the tangent for zero.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"fused_embedding_lookup: {name} must be a tensor, got {type(tensor).__name__}"
+        )
     if MISSING is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
             f"fused_embedding_lookup: no forward-mode derivative on torch {torch.__version__}, "
@@ -169,6 +177,19 @@ def _backward_jvp(ctx, grad, _ids, weights, *_):
     return call(BACKWARD, grad, position_ids, weights, padding, ctx.padding_id, *ctx.rows)
 
 
+def _scaling_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.pixels_dtype, ctx.out_dtype = inputs[0].dtype, output.dtype
+
+
+def _scaling_backward(ctx, grad):
+    return None if grad is None else 2 * grad.to(ctx.pixels_dtype), None
+
+
+def _scaling_jvp(ctx, pixel_values, *_):
+    return (2 * pixel_values).to(ctx.out_dtype)
+
+
 def _register(op, setup, backward, jvp) -> None:
     """The derivatives of `op`, as a kernel on its `Autograd` key."""
 
@@ -206,6 +227,7 @@ def _register(op, setup, backward, jvp) -> None:
 for _op, *_derivatives in (
     (FORWARD, _forward_setup, _forward_backward, _forward_jvp),
     (BACKWARD, _backward_setup, _backward_backward, _backward_jvp),
+    (SCALING, _scaling_setup, _scaling_backward, _scaling_jvp),
 ):
     if MISSING is None:
         _register(_op, *_derivatives)
@@ -243,7 +265,7 @@ def _fold(position_ids: Tensor, shape, padding_id) -> Tensor:
     *axes, num_rows = shape
     tables = math.prod(axes, start=position_ids.shape[0])
     first = torch.arange(tables, device=position_ids.device) * num_rows
-    first = first.view(position_ids.shape[0], *[1] * (position_ids.dim() - 2), -1)
+    first = first.view(position_ids.shape[0], *[1] * (position_ids.dim() - 2), math.prod(axes))
     folded = first + position_ids.clamp(min=0)
     folded = torch.where(position_ids < num_rows, folded, tables * num_rows)
     if padding_id is not None:
@@ -295,3 +317,7 @@ def _backward_vmap(info, dims, *arguments):
 
 torch.library.register_vmap(add_op_namespace_prefix("forward"), _forward_vmap)
 torch.library.register_vmap(add_op_namespace_prefix("backward"), _backward_vmap)
+torch.library.register_vmap(
+    add_op_namespace_prefix("scaling"),
+    lambda info, dims, pixel_values, dtype: (SCALING(pixel_values, dtype), dims[0]),
+)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .interpolation import vision_interpolation_indices_and_weights
 from .op import fused_embedding_lookup
+from .pixels import scale_pixels
 
 
 def _original_in_onnx_export(forward):
@@ -58,11 +59,12 @@ class Gemma4VisionPatchEmbedder(nn.Module):
         Returns:
             ``[batch, patches, hidden_size]``
         """
-        pixel_values = 2 * (pixel_values - 0.5)
+        if not pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(torch.get_default_dtype())
         target_dtype = self.input_proj.weight.dtype
-        if target_dtype.is_floating_point:
-            pixel_values = pixel_values.to(target_dtype)
-        hidden_states = self.input_proj(pixel_values)
+        if not target_dtype.is_floating_point:  # quantised
+            target_dtype = pixel_values.dtype
+        hidden_states = self.input_proj(scale_pixels(pixel_values, target_dtype))
         if _overrides_position_embeddings(self):
             return hidden_states + self._position_embeddings(pixel_position_ids, padding_positions)
         hidden_states, position_ids, padding = _broadcast(

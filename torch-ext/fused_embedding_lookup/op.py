@@ -83,11 +83,7 @@ def _check_tensors(position_ids, table, weights, padding, residual) -> None:
     optional = {"weights": weights, "padding": padding, "residual": residual}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     for name, tensor in {"position_ids": position_ids, "table": table, **given}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"fused_embedding_lookup: {name} must be a tensor, got {type(tensor).__name__}"
-            )
-        autograd.refuse_missing_derivative(tensor)
+        autograd.check_tensor(name, tensor)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("forward"))

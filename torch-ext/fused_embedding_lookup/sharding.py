@@ -48,3 +48,8 @@ def _register() -> None:
         given = on(Replicate(), position_ids, weights, padding)
         inputs = [Shard(len(grad.shape) - 1), *given, None, None, None, None]
         return [*ways, ([Shard(1 if shared else 2)], inputs)]
+
+    @register_sharding(ops.scaling.default)
+    def scaling(pixel_values, dtype):
+        splits = [Replicate(), *(Shard(dim) for dim in range(len(pixel_values.shape)))]
+        return [([split], [split, None]) for split in splits]
