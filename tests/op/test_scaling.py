@@ -10,7 +10,7 @@ from torch import func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-import reference
+from helpers import reference
 
 pytestmark = pytest.mark.variant("cpu", "cuda-simt", "metal-simt", "cuda")
 
