@@ -65,7 +65,7 @@ asan: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
+	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/op/test_op.py tests/op/test_errors.py tests/op/test_torch.py tests/models/test_gemma4.py tests/devices/test_cpu.py $(ARGS)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

@@ -130,7 +130,7 @@ def target_rows(rows):
         yield {
             "": name,
             "target": launches,
-            "measured": "in tests/test_cuda.py, not run yet: no GPU",
+            "measured": "in tests/devices/test_cuda.py, not run yet: no GPU",
         }
 
 

@@ -23,8 +23,8 @@ import kernels
 import pytest
 import torch
 
-import reference
-from loopback_hub import LoopbackHub
+from helpers import reference
+from helpers.loopback_hub import LoopbackHub
 
 SIMT_BUILDS = ROOT / ".build" / "simt"
 
@@ -249,7 +249,7 @@ def poison():
 @pytest.fixture
 def swap_in(variant_dir, monkeypatch):
     """Returns a copy of a model into which `kernelize` has swapped our layers, having checked it did."""
-    import swapping  # transformers' models, which take seconds and few tests need
+    from helpers import swapping  # transformers' models, which take seconds and few tests need
 
     for layer in swapping.LAYERS:  # swapping.swap decorates the classes, and this takes it back
         monkeypatch.setattr(layer, "kernel_layer_name", None, raising=False)

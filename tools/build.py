@@ -351,7 +351,7 @@ class Cuda(Variant):
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         flags = ["-std=c++20", *common, *codes, f"-ccbin {self.compiler} -Xcompiler=-fPIC"]
-        # ptxas reports registers, stack and spills: tests/test_cuda_binary.py reads that.
+        # ptxas reports registers, stack and spills: tests/devices/test_cuda_binary.py reads that.
         flags.append("-Xptxas=-v")
         compile_source = f"{self.nvcc} -MD -MF $out.d $nvcc_flags $extra_flags -c $in -o $out"
         return [
