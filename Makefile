@@ -1,6 +1,8 @@
+# make build  the variants that this machine can run, into build/: what the others begin with
 # make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
 # make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
 # make check  all that is tested, with what only maintainers need: see the end of `make test`
+# make simt   the GPUs' sources for the engine that runs them on a CPU (tests/simt)
 # make bench  the kernel against its peers, interleaved (ARGS="--json out.json"; --suite for all of the README's)
 # make scaling  how the cost grows with each size, and what a call costs
 # make step   what share of a vision forward and of a LoRA step the lookup is
@@ -65,7 +67,7 @@ asan: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/op/test_op.py tests/op/test_errors.py tests/op/test_torch.py tests/models/test_gemma4.py tests/devices/test_cpu.py $(ARGS)
+	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/op tests/models/test_gemma4.py tests/models/test_interpolated.py tests/devices/test_cpu.py $(ARGS)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

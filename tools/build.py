@@ -17,7 +17,7 @@ What is made is what kernel-builder makes, but for this:
 | C and C++ libraries | manylinux_2_28's | the machine's | the compiler is; tests/ warn of what that would reject |
 | warnings | none | -Wall -Wextra, ptxas -v | this is where the code is worked on |
 | torch's nvcc flags | --expt-relaxed-constexpr, ENABLE_FP8 | none | the sources use neither |
-| CUDA architectures | all | this machine's GPU's, all with --backend cuda | to be quick |
+| CUDA architectures | all | this machine's GPU's; all with --backend cuda, and after it | to be quick |
 | provenance | its version and commit | "tools/build.py" | it wasn't kernel-builder |
 """
 
@@ -114,6 +114,8 @@ def main():
         else:
             native = "{}.{}".format(*torch.cuda.get_device_capability())
             variants.append(Cuda(config, args.archs or [native]))
+            if not args.archs and is_for_all_archs(args.output / variants[-1].name):
+                variants[-1].archs = CUDA_ARCHS
     for variant in variants:
         variant.build(args.output)
 
@@ -375,6 +377,14 @@ def find_nvcc():
     homes = [os.environ.get("CUDA_HOME"), ROOT / ".build" / "cuda-toolkit" / "nvidia" / "cu13"]
     candidates = [Path(home, "bin", "nvcc").absolute() for home in homes if home]
     return next(filter(None, map(shutil.which, [*candidates, "nvcc"])), None)
+
+
+def is_for_all_archs(variant: Path) -> bool:
+    """Whether `make cuda` has built what is there, which then stays for all of them."""
+    metadata = variant / "metadata.json"
+    if not metadata.exists():
+        return False
+    return json.loads(metadata.read_text())["backend"]["archs"] == sorted(CUDA_ARCHS)
 
 
 def accepts(compiler: str, flag: str) -> bool:

@@ -51,6 +51,32 @@ def test_capability_is_the_best_there_is(kernel):
     assert kernel.op.ops.cpu_capability() == best
 
 
+HASHES = """
+import hashlib, conftest, kernels, reference, torch
+kernel = kernels.get_kernel(conftest.REPO_ID, version=1, backend="cpu")
+generator = torch.Generator().manual_seed(0)
+for rows, weighted in ((30, True), (30, False), (3000, True), (3000, False)):  # by columns, and by rows
+    for dtype in reference.FLOATS:
+        ids = torch.randint(-1, rows, (2000, 4), generator=generator)
+        weights = torch.randn(ids.shape, generator=generator) if weighted else None
+        table = torch.randn(rows, 203, generator=generator).to(dtype).requires_grad_()
+        residual = torch.randn(2000, 203, generator=generator).to(dtype)
+        out = kernel.fused_embedding_lookup(ids, table, weights=weights, residual=residual)
+        (grad,) = torch.autograd.grad(out, table, residual)
+        for result in (out.detach(), grad):
+            digest = hashlib.sha256(result.view(torch.uint8).numpy()).hexdigest()
+            print(rows, weighted, dtype, digest)
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+def test_results_do_not_depend_on_the_instruction_set(kernel, capability):
+    """The bits of forwards and gradients, both ways of the latter, are the baseline's."""
+    hashes = run(capability, "-c", HASHES)
+    assert len({line.split()[-1] for line in hashes.splitlines()}) == 32
+    assert hashes == run("default", "-c", HASHES)
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_op_with_a_lesser_instruction_set(kernel, capability):
     """test_op.py, whole, with what a CPU without AVX-512 (or without AVX2) would run."""

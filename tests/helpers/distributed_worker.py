@@ -188,6 +188,22 @@ def dtensor(args):
             with torch.inference_mode():
                 assert kernel.fused_embedding_lookup(*placed[:2]).placements == (ways[-1],), name
 
+    for way in (Replicate(), Shard(0), Shard(2)):  # the scaling of pixels goes by their elements
+        pixels = residual.clone().requires_grad_()
+        placed = distribute_tensor(pixels, mesh, [way])
+        out = kernel.scale_pixels(placed, torch.bfloat16)
+        assert out.placements == (way,)
+        assert torch.equal(whole(out), kernel.scale_pixels(pixels, torch.bfloat16))
+        (actual,) = torch.autograd.grad(out.sum(), placed)
+        assert torch.equal(whole(actual), torch.full_like(pixels, 2))
+
+    grid = torch.tensor([[1, 4, 6], [2, 2, 2]])  # the second op's ids and weights are for all ranks
+    expected = kernel.vision_interpolation_indices_and_weights(grid, 8, num_patches=32)
+    placed = distribute_tensor(grid, mesh, [Replicate()])
+    actual = kernel.vision_interpolation_indices_and_weights(placed, 8, num_patches=32)
+    for ours, theirs in zip(actual, expected):
+        assert ours.placements == (Replicate(),) and torch.equal(whole(ours), theirs)
+
 
 def tensor_parallel(args):
     """transformers' tp_plan="auto": the language model's layers are split, what sees the image isn't.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernels import Mode
 
-from conftest import REPO_ID
+from conftest import REPO_ID, SIMT_BUILDS, why_not
 from helpers import swapping, tiny_models
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
@@ -63,8 +63,14 @@ def test_onnx_export_gives_the_originals_graph(swap_in, tmp_path, name, dynamo):
     assert "Gather" in {node[0] for node in graphs[0]} or "GatherND" in {n[0] for n in graphs[0]}
 
 
-def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_path):
-    """Its graph names the op, and the op's name the build: kernels-community allows no other name."""
+@pytest.mark.parametrize("loaded", ["none", "another", "its own"])
+def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_path, loaded):
+    """Its graph names the op, and the op's name the build: kernels-community allows no other name.
+
+    Another build of the same version has other ops. Loading says in one sentence which build is needed.
+    """
+    if loaded == "another" and why_not("cuda-simt"):
+        pytest.skip(why_not("cuda-simt"))
 
     class Lookup(torch.nn.Module):
         def forward(self, ids, table):
@@ -73,14 +79,20 @@ def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_
     arguments = torch.tensor([[1, 0]]), torch.randn(2, 3, 4)
     path = tmp_path / "lookup.pt2"
     torch.export.save(torch.export.export(Lookup(), arguments), path)
-    load = f"import torch; torch.export.load({str(path)!r}).module()"
-    get = f"import kernels; kernels.get_kernel({REPO_ID!r}, version=1, backend={kernel.__name__.split('_')[4]!r})"
-    results = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        for code in (load, f"{get}; {load}")
-    ]
-    assert [result.returncode for result in results] == [1, 0], results
-    assert f"torch.ops.{kernel.__name__}" in results[0].stderr
+    own = kernel.__name__.split("_")[4]
+    get = {
+        "none": "",
+        "another": f"kernels.get_local_kernel(Path({str(SIMT_BUILDS / 'cuda')!r}), backend='cpu')",
+        "its own": f"kernels.get_kernel({REPO_ID!r}, version=1, backend={own!r})",
+    }
+    code = f"import kernels, torch; from pathlib import Path; {get[loaded]}\n"
+    code += f"torch.export.load({str(path)!r}).module()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode == 0) == (loaded == "its own"), result.stderr
+    sentence = f"We failed to resolve torch.ops.{kernel.__name__}.forward.default to an operator."
+    assert (sentence in result.stderr) == (loaded != "its own"), result.stderr
 
 
 def test_vision_tower_exported_and_compiled_ahead(swap_in, tmp_path):

@@ -25,6 +25,7 @@ MODELS = [
 ]
 LOOKUP = "interp_weights[:, :, None]).sum(1)"  # the line that the op replaces
 GRID = torch.tensor([[1, 10, 14], [2, 6, 4]])  # two images, the second of two frames
+AUTOCAST = {"autocast": torch.bfloat16, "autocast to float16": torch.float16}
 SIDE = 12  # of the table's grid
 COLUMNS = 66  # heads of an even size, and a last block that is not whole
 
@@ -102,17 +103,17 @@ def modules():
 
 @pytest.mark.variant("cpu")
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("dtype", [*FLOATS[:3], "autocast"], ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS[:3], *AUTOCAST], ids=str)
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_forward_and_gradient(variant, kernel, modules, model, dtype, align_corners):
     """The same bits; and the gradient of what follows within the float64 sum's rounding."""
     ids, weights = get_vision_interpolation_indices_and_weights(
         GRID, SIDE, align_corners=align_corners, spatial_merge_size=2
     )
-    autocast = dtype == "autocast"
+    autocast = AUTOCAST.get(dtype)
     dtype = torch.float32 if autocast else dtype
     module = copy.deepcopy(modules[model]).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         table, residual, expected = run(module, dtype, ids, weights)
         actual = kernel.fused_embedding_lookup(
             ids,
@@ -121,7 +122,7 @@ def test_forward_and_gradient(variant, kernel, modules, model, dtype, align_corn
             residual=residual,
             embedding_dtype=residual.dtype,
         )
-    assert residual.dtype == (torch.bfloat16 if autocast else dtype)
+    assert residual.dtype == (autocast or dtype)
     assert actual.dtype == expected.dtype
     assert torch.equal(actual, expected.reshape(actual.shape))
 

@@ -192,6 +192,33 @@ def test_large_result(kernel, poison, dtype, hidden):
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.variant("cpu", "cuda")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("way", ["by rows", "by columns"])
+def test_large_gradient(variant, kernel, poison, dtype, way):
+    """Gradients of 8 MiB or more go past the CPU's caches, if their rows are aligned."""
+    if way == "by rows":  # thousands in use, one of them most of the work, some in none
+        ids = torch.randint(0, 4600, (3000, 4))
+        ids[200:1200] = 7
+        given = {"weights": torch.randn(ids.shape)}
+        table = torch.randn(4608, 1152, dtype=dtype, requires_grad=True)
+    else:
+        ids = reference.grid(2, 2520, 60, 40)
+        given = {"padding": (ids == -1).all(-1)}
+        table = torch.randn(2, 10240, 768, dtype=dtype, requires_grad=True)
+    out = kernel.fused_embedding_lookup(ids, table, **given)
+    grad = torch.randn_like(out)
+    (actual,) = torch.autograd.grad(out, table, grad)
+    assert actual.nbytes >= 2**23
+    exact, magnitude = reference.grad_table(
+        grad, ids, table.shape[-2], shared=table.dim() == 2, **given
+    )
+    bound = reference.ulp(exact, dtype) / 2 + 5000 * variant.sum_eps(dtype) * magnitude
+    assert ((actual.double() - exact).abs() <= bound).all()
+    assert (actual[exact == 0] == 0).all()
+
+
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_forward_equals_the_one_hot_formula(kernel, dtype):
     ids = reference.grid(2, 130, 12, 10)
@@ -232,14 +259,15 @@ def test_padded_tokens_take_the_residual_whatever_their_ids(kernel):
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.parametrize("hidden", [8, 300])  # columns for one thread, and for several
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0, 2), (0, 5, 1)])
-def test_no_tokens(kernel, poison, shape):
-    table = torch.randn(shape[-1], 4, 8, requires_grad=True)
-    residual = torch.randn(*shape[:-1], 8, requires_grad=True)
+def test_no_tokens(kernel, poison, shape, hidden):
+    table = torch.randn(shape[-1], 4, hidden, requires_grad=True)
+    residual = torch.randn(*shape[:-1], hidden, requires_grad=True)
     padding = torch.zeros(shape[:-1], dtype=torch.bool)
     ids = torch.empty(shape, dtype=torch.int64)
     out = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
-    assert out.shape == (*shape[:-1], 8)
+    assert out.shape == (*shape[:-1], hidden)
     out.sum().backward()
     assert torch.equal(table.grad, torch.zeros_like(table))
 
@@ -393,6 +421,24 @@ def test_weighted_sum_starts_at_plus_zero(kernel, dtype):
     assert not weighted.signbit().any()
     assert torch.equal(weighted.signbit(), reference.interpolated(ids, table, ones).signbit())
     assert kernel.fused_embedding_lookup(ids, table).signbit().all()
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.variant("cpu", "cuda-simt", "cuda")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("residual_dtype", [None, *FLOATS], ids=str)
+def test_an_entry_of_padding_adds_plus_zero(kernel, dtype, residual_dtype):
+    """So -0 beside it becomes +0, wherever it stands; an entry with a weight, too."""
+    table = torch.full((3, 70), -0.0, dtype=dtype)
+    ids = torch.tensor([[9, 1, 2], [1, 9, 9], [0, 1, 9], [9, 9, 9], [0, 1, 2]])
+    given = {"padding_id": 9}
+    if residual_dtype is not None:
+        given["residual"] = torch.full((5, 70), -0.0, dtype=residual_dtype)
+    for count in (1, 2, 3):
+        for weights in (None, torch.ones(5, count)):
+            out = kernel.fused_embedding_lookup(ids[:, :count], table, weights=weights, **given)
+            expected = reference.eager(ids[:, :count], table, weights=weights, **given)
+            assert torch.equal(out.signbit(), expected.signbit())
 
 
 @pytest.mark.variant("cpu")

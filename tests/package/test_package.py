@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,16 @@ def test_build_toml_is_what_kernel_builder_takes():
     backends = set(CONFIG["general"]["backends"])
     assert {kernel["backend"] for kernel in CONFIG["kernel"].values()} == backends
     assert set(CONFIG["torch"]["stable-abi"]) == backends - {"metal"}
+
+
+def test_a_build_for_all_architectures_stays_one(tmp_path):
+    """`make build`, which every target begins with, compiles what `make cuda` left, not this GPU's alone."""
+    build = runpy.run_path(ROOT / "tools" / "build.py")
+    assert not build["is_for_all_archs"](tmp_path)
+    for archs, expected in ((["9.0"], False), (sorted(build["CUDA_ARCHS"]), True)):
+        backend = {"type": "cuda", "archs": archs}
+        (tmp_path / "metadata.json").write_text(json.dumps({"backend": backend}))
+        assert build["is_for_all_archs"](tmp_path) == expected
 
 
 def test_build_toml_lists_every_source_once_and_none_that_is_missing():
@@ -105,6 +116,7 @@ def test_loaded_through_kernels(kernel):
     assert sorted(kernel.__all__) == [
         "fused_embedding_lookup",
         "layers",
+        "scale_pixels",
         "vision_interpolation_indices_and_weights",
     ]
 
@@ -145,6 +157,18 @@ def test_layers_have_no_constructor():
         assert functions == ["forward"], layer.name
 
 
+# The C and C++ libraries; torch exports parts of the latter too, without a version.
+SYSTEM = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_Z(N[KRO]*)?St|_ITM_|__gmon_start__")
+
+
+def test_what_is_of_the_standard_library():
+    """With a version and without; the second is what g++ 14 adds. Torch's C++ is not."""
+    for name in ("_ZNSt6localeD1Ev", "_ZSt21ios_base_library_initv", "_ZNKSt5ctypeIcE8do_widenEc"):
+        assert SYSTEM.match(name)
+    for name in ("_ZN3c105ErrorC1E", "_ZNK2at6Tensor4sizeEv", "_Z5StateS"):
+        assert not SYSTEM.match(name)
+
+
 def undefined_symbols(extension: Path):
     """The dynamic symbols that the extension takes from elsewhere, and all that it defines."""
     lines = subprocess.run(
@@ -164,9 +188,7 @@ def test_extension_needs_only_the_stable_abis(variant_dir):
     torch_symbols = [n for n in undefined if n.startswith(("torch_", "aoti_torch_"))]
     assert torch_symbols
     rest = set(undefined) - set(python) - set(torch_symbols)
-    # The C++ and C libraries; torch exports parts of the former too, without a version.
-    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN[KRO]*St|_ITM_|__gmon_start__")
-    assert not [name for name in rest if not system.match(name)]
+    assert not [name for name in rest if not SYSTEM.match(name)]
     assert not [name for kind, name in defined if kind == "u"]  # GNU unique
 
 

@@ -114,3 +114,22 @@ def test_workflows_make_targets_that_exist():
         for target in re.findall(r"\bmake (\S+)", step.get("run", ""))
     }
     assert called and called <= targets
+
+
+def test_fresh_machine_leaves_nothing_if_there_is_no_root(tmp_path):
+    """It ends as debootstrap does, having said what that said, and takes its folder and log with it."""
+    commands, folder = tmp_path / "bin", tmp_path / "tmp"
+    commands.mkdir()
+    folder.mkdir()
+    (commands / "debootstrap").write_text("#!/bin/sh\necho no such release\nexit 3\n")
+    (commands / "debootstrap").chmod(0o755)
+    variables = {"PATH": f"{commands}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    result = subprocess.run(
+        [ROOT / "tools" / "fresh_machine.sh", "trixie"],
+        env=os.environ | variables | {"FRESH_MACHINE": "1"},  # in no namespace of its own
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "no such release" in result.stderr, result.stderr
+    assert not list(folder.iterdir())

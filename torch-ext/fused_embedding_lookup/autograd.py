@@ -38,13 +38,18 @@ FORWARD, BACKWARD, SCALING = ops.forward.default, ops.backward.default, ops.scal
 _library = torch.library.Library(add_op_namespace_prefix("").rstrip(":"), "IMPL")
 
 
+_ID_TOO_LARGE = "fused_embedding_lookup: position_ids must be less than the "
+
+
 def raise_by_class(error: RuntimeError, tensor: Tensor) -> None:
     """Give an error of the extension the class that callers catch it by.
 
     It leaves the extension as a string, and the class is lost on the way: that of running out of CUDA's
-    memory, and since torch 2.15 that of a bad argument.
+    memory, and since torch 2.15 that of a bad argument. Nothing promises to keep an id's IndexError.
     """
     text = str(error)
+    if type(error) is RuntimeError and text.startswith(_ID_TOO_LARGE):
+        raise IndexError(text) from error
     if type(error) is RuntimeError and text.startswith("fused_embedding_lookup: "):
         raise ValueError(text) from error
     if type(error) is RuntimeError and tensor.is_cuda and " out of memory." in text:
@@ -253,8 +258,12 @@ def _batch_first(size: int, dims, tensors) -> list:
     return result
 
 
-def _one_sample(arguments, dims) -> list:
-    return [x if dim is None else x.select(dim, 0) for x, dim in zip(arguments, dims)]
+def _refuse_shapes(op, arguments, dims):
+    """Raises what `op` says of one sample; or, where it sees fake tensors and so says nothing, this."""
+    sample = [x if dim is None else x.select(dim, 0) for x, dim in zip(arguments, dims)]
+    call(op, *sample)
+    shapes = [[*x.shape] for x in sample if isinstance(x, Tensor)]
+    raise ValueError(f"fused_embedding_lookup: no batching rule for samples of shapes {shapes}")
 
 
 def _fold(position_ids: Tensor, shape, padding_id) -> Tensor:
@@ -280,7 +289,7 @@ def _naming_ids(position_ids, shape, padding_id):
         yield
     except IndexError:
         table = position_ids.new_zeros((*shape, 1), dtype=torch.float32)
-        FORWARD(position_ids, table, None, None, None, padding_id, None)  # raises
+        call(FORWARD, position_ids, table, None, None, None, padding_id, None)  # raises
         raise
 
 
@@ -289,29 +298,29 @@ def _forward_vmap(info, dims, *arguments):
     per_token = [*arguments[:1], *arguments[2:5]]
     position_ids, *per_token = _batch_first(info.batch_size, (dims[0], *dims[2:5]), per_token)
     if position_ids.dim() < 2:
-        return FORWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(FORWARD, arguments, dims)
     if dims[1] is None:
         return FORWARD(position_ids, table, *per_token, padding_id, embedding_dtype), 0
     table = table.movedim(dims[1], 0)
     shape = tuple(table.shape[1:-1])
     if len(shape) == 0 or shape[:-1] not in ((), (position_ids.shape[-1],)):
-        return FORWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(FORWARD, arguments, dims)
     folded, all_rows = _fold(position_ids, shape, padding_id), _readable(table.flatten(0, -2))
     options = None if padding_id is None else -1, embedding_dtype
     with _naming_ids(position_ids, shape, padding_id):
-        return FORWARD(folded, all_rows, *per_token, *options), 0
+        return call(FORWARD, folded, all_rows, *per_token, *options), 0
 
 
 def _backward_vmap(info, dims, *arguments):
     padding_id, num_rows, shared, dtype = arguments[4:]
     grad, position_ids, *per_token = _batch_first(info.batch_size, dims, arguments[:4])
     if position_ids.dim() < 2 or grad.dim() < 2 or num_rows < 0:
-        return BACKWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(BACKWARD, arguments, dims)
     shape = (num_rows,) if shared else (position_ids.shape[-1], num_rows)
     folded = _fold(position_ids, shape, padding_id)
     options = None if padding_id is None else -1, info.batch_size * math.prod(shape), True, dtype
     with _naming_ids(position_ids, shape, padding_id):
-        table = BACKWARD(grad, folded, *per_token, *options)
+        table = call(BACKWARD, grad, folded, *per_token, *options)
     return table.unflatten(0, (info.batch_size, *shape)), 0
 
 

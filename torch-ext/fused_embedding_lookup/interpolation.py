@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import sharding
 from ._ops import add_op_namespace_prefix, ops
 from .autograd import call, check_tensor
 
@@ -56,6 +57,7 @@ def vision_interpolation_indices_and_weights(
             f"fused_embedding_lookup: padding must be one of {list(_PADDINGS)}, got {padding!r}"
         )
     check_tensor("grid_thw", grid_thw)
+    sharding.ensure_registered([grid_thw])
     return call(
         ops.interpolation.default,
         grid_thw,

@@ -49,6 +49,10 @@ def _register() -> None:
         inputs = [Shard(len(grad.shape) - 1), *given, None, None, None, None]
         return [*ways, ([Shard(1 if shared else 2)], inputs)]
 
+    @register_sharding(ops.interpolation.default)
+    def interpolation(grid_thw, *options):  # which images a rank's patches are of, no rank knows
+        return [([Replicate()] * 2, [Replicate(), *[None] * len(options)])]
+
     @register_sharding(ops.scaling.default)
     def scaling(pixel_values, dtype):
         splits = [Replicate(), *(Shard(dim) for dim in range(len(pixel_values.shape)))]
