@@ -1,5 +1,6 @@
 # make build  the variants that this machine can run, into build/: what the others begin with
 # make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
+# make quick  formatting, and the tests that catch most, in a minute; incremental
 # make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
 # make check  all that is tested, with what only maintainers need: see the end of `make test`
 # make simt   the GPUs' sources for the engine that runs them on a CPU (tests/simt)
@@ -15,7 +16,7 @@
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
+.PHONY: demo quick test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +29,9 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/
 
 demo: build
 	$(RUN) examples/gemma4_vision.py $(ARGS)
+
+quick: build lint
+	$(PYTEST) -m kernels_ci $(ARGS)
 
 test: build simt
 	$(PYTEST) -m "not check" $(ARGS)

@@ -177,6 +177,7 @@ class Variant:
         status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
         if status != 0:
             sys.exit(status)
+        write_compile_commands()
         self.lay_out(objects / "extension.so", destination)
         print(f"{self.name}: {destination}")
 
@@ -427,6 +428,16 @@ def git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
     ).stdout
+
+
+def write_compile_commands():
+    """For editors: how each source was compiled, in every variant that has been built here."""
+    commands = []
+    for variant in sorted((ROOT / ".build").glob("*/build.ninja")):
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", variant.parent, "-t", "compdb"]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        commands += [entry for entry in json.loads(listing) if not entry["file"].endswith(".o")]
+    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=1) + "\n")
 
 
 def write_if_changed(path: Path, text: str):

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from conftest import ROOT
 
 pytestmark = pytest.mark.check("the GitHub workflows")
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 # YAML 1.2, in which `on` is a string and not true.
 WORKFLOWS = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for path in FILES}
@@ -24,6 +25,13 @@ def test_workflows_are_what_github_takes():
     command += ["--builtin-schema", "vendor.github-workflows", *FILES]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_issue_forms_are_what_github_takes():
+    command = [sys.executable, "-m", "check_jsonschema"]
+    command += ["--builtin-schema", "vendor.github-issue-forms", *FORMS]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert FORMS and result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_version_tag_publishes_and_nothing_else():
@@ -55,7 +63,8 @@ def test_publish_builds_then_signs_then_uploads(tmp_path):
         (store / variant).mkdir(parents=True)
         (store / variant / "metadata.json").write_text("{}")
     (store / "CARD.md").write_text("card")
-    shutil.copy(ROOT / "flake.lock", checkout)
+    for name in ("flake.lock", "build.toml"):
+        shutil.copy(ROOT / name, checkout)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["init", "-q"], ["add", "flake.lock"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *arguments], cwd=checkout, check=True)
@@ -64,6 +73,7 @@ def test_publish_builds_then_signs_then_uploads(tmp_path):
     environment = os.environ | {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "BACKEND": "cuda",
+        "TAG": "v1",
         "CALLS": str(calls),
         "STORE": str(store),
     }
@@ -90,6 +100,15 @@ def test_publish_stops_without_a_lock(tmp_path):
     step = WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"][1]
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     assert subprocess.run(step["run"].split(), cwd=tmp_path, check=False).returncode != 0
+
+
+@pytest.mark.parametrize(("tag", "passes"), [("v1", True), ("v2", False), ("v11", False)])
+def test_publish_refuses_a_tag_that_is_not_the_version(tag, passes):
+    steps = WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"]
+    (step,) = [step for step in steps if "TAG" in step.get("env", {})]
+    command = ["bash", "-e", "-c", step["run"]]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"TAG": tag}, check=False)
+    assert (result.returncode == 0) == passes
 
 
 def test_publish_builds_every_backend_of_every_system():
