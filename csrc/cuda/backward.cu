@@ -258,6 +258,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
       __syncwarp();
       const uint32_t met = valid ? warp_counts[digit] : 0;
       const unsigned same = __match_any_sync(kAllLanes, digit);
+      __syncwarp();  // a match orders no memory
       rank[u] = met + __popc(same & ((1u << lane) - 1));
       if (valid && lane == __ffs(same) - 1) warp_counts[digit] = met + __popc(same);
     }

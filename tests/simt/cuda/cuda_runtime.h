@@ -40,7 +40,7 @@ inline void __syncthreads() { simt::sync_block(); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return simt::ballot(mask, predicate);
 }
-inline void __syncwarp() { simt::ballot(0xffffffff, true); }
+inline void __syncwarp() { simt::sync_warp(); }
 inline unsigned __match_any_sync(unsigned mask, unsigned value) { return simt::match(mask, value); }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
