@@ -146,6 +146,7 @@ __device__ __forceinline__ void fill_share(const Plan& plan, int share) {
 // chunk's first digits, and clears the counts of the others.
 __global__ void __launch_bounds__(kSortThreads) rows_kernel(const Plan plan) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (blockIdx.x >= plan.num_chunks) return fill_share(plan, 0);
   auto* counts = shared_memory<uint32_t>();
   const Lookup& lookup = plan.lookup;
@@ -233,6 +234,7 @@ __device__ __forceinline__ void find_places(const Plan& plan, SortShared& shared
 // times 32 neighbours, and a lane every 32nd.
 __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (blockIdx.x >= plan.num_chunks) return fill_share(plan, plan.digit + 1);
   auto& shared = *shared_memory<SortShared>();
   const int lane = threadIdx.x % kWarpSize;
@@ -404,6 +406,7 @@ __device__ __forceinline__ void join_pieces(const Plan& plan, uint32_t tile, Sha
 template <typename Grad, typename Table, int N>
 __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const Plan plan) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   auto& shared = *shared_memory<SumShared<kTeam * N>>();
   const uint32_t tile = blockIdx.x % plan.num_tiles;
   const uint32_t slab = blockIdx.x / plan.num_tiles;
@@ -458,7 +461,7 @@ __device__ __forceinline__ uint32_t count_tiles(const Plan& plan, uint32_t tile,
 // part of the run's partials, a lane N columns. The first warp adds up what the warps have.
 template <typename Table, int N>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Plan plan) {
-  wait_for_previous_kernel();
+  wait_for_previous_kernel();  // the last: what follows is others'
   auto& shared = *shared_memory<FinishShared>();
   const uint32_t tile = blockIdx.x % plan.num_tiles;
   const uint32_t begin = tile * kTile;
@@ -557,7 +560,6 @@ void launch_sums(const Plan& plan, bool vectorise, Follow follow, cudaStream_t s
 
 void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  const RelaxedCapture relaxed;
   const cudaStream_t stream = current_stream(device);
   check_counts(lookup);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -590,7 +592,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   plan.counts = reinterpret_cast<uint32_t*>(base + counts);
   plan.partials = reinterpret_cast<float*>(base + partials);
 
-  const Follow follow = can_overlap(sort_kernel) ? Follow::kOverlapping : Follow::kWhenDone;
+  const Follow follow = can_overlap(sort_kernel, device) ? Follow::kOverlapping : Follow::kWhenDone;
   plan.sorted = list[0];
   launch_rows();
   for (plan.digit = 0; plan.digit < plan.num_digits; ++plan.digit) {

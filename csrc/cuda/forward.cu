@@ -290,7 +290,6 @@ Kernel choose_kernel(const Lookup& lookup) {
 
 void launch_forward(const Lookup& lookup, torch::stable::Device device) {
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  const RelaxedCapture relaxed;
   check_counts(lookup);
   const bool has_residual = lookup.activation.present();
   const ScalarType residual_dtype = has_residual ? lookup.activation.dtype : lookup.embedding_dtype;
