@@ -247,8 +247,7 @@ template <typename Table, typename Residual, typename Out, int N, int K, bool kW
 __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks(K))
     forward_kernel(const Lookup lookup) {
   constexpr bool kPacked = K == 2 && !kWeighted && sizeof(Out) == 2;
-  // Not tuned. Gemma 4's 768 16-bit columns are three vectors a lane; the Qwen family's 1152 are
-  // four and a half, of each of four rows.
+  // Not tuned. Gemma 4's 768 16-bit columns are three vectors a lane, Qwen's 1152 four and a half.
   constexpr int kBatch = K > 0 ? K : 4;
   constexpr int kUnroll = K == 2 ? 3 : 1;
   constexpr int kStep = kUnroll * kWarpSize * N;
@@ -274,8 +273,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks(K))
   if (K > 0 && column >= num_columns) return;
   for (;;) {
     if (K > 0 && column >= num_columns) __builtin_unreachable();  // a check less for each vector
-    // From -0 on, which changes no bit of the first term; with weights from +0, as eager's sum
-    // does.
+    // -0 changes no bit of the first term; with weights from +0, as eager's sum does.
     const float zero = kWeighted && (K > 0 || lookup.weights.present()) ? 0.0f : -0.0f;
     float sums[kUnroll][N];
     Vector<Table, N> packed_sums[kUnroll];
