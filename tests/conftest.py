@@ -44,9 +44,14 @@ class Variant(NamedTuple):
     sources: str  # the folder of csrc/ that it is made of
     floats: tuple  # the dtypes it takes
 
+    @property
+    def is_emulated(self):
+        """Run by tests/simt, which takes long."""
+        return self.name.endswith("-simt")
+
     def load(self):
         """The kernel's module."""
-        if self.name.endswith("-simt"):
+        if self.is_emulated:
             return kernels.get_local_kernel(SIMT_BUILDS / self.sources, backend="cpu")
         return kernels.get_kernel(REPO_ID, version=1, backend=self.name)
 

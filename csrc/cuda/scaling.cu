@@ -1,7 +1,7 @@
 // The third op on CUDA: Gemma 4's pixels, scaled and cast for the patch projection.
 //
-// A block owns kThreads * kUnroll neighbouring vectors of N elements, a thread every kThreads-th of
-// them. All of its loads go out before the first is waited for.
+// A block has kThreads * kUnroll neighbouring vectors of N elements, a warp every kThreads / 32-th
+// 32 of them, a thread one of each 32. All of its loads go out before the first is waited for.
 //
 // Memory traffic: reads the pixels and writes the result once, past the caches.
 
@@ -64,7 +64,6 @@ void launch_scaling(const Scaling& scaling, cudaStream_t stream) {
 
 void launch_scaling(const Scaling& scaling, torch::stable::Device device) {
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  const RelaxedCapture relaxed;
   dispatch(scaling.pixels.dtype, [&](auto pixel) {
     dispatch(scaling.out.dtype, [&](auto out) {
       launch_scaling<typename decltype(pixel)::type, typename decltype(out)::type>(

@@ -55,8 +55,10 @@ template <int kTaps>
       const int64_t entry = int64_t(patch) * kTaps * kTaps;
       for (int i = 0; i < kTaps; ++i) {
         for (int j = 0; j < kTaps; ++j) {
-          ids[entry + i * kTaps + j] = taps.rows.entry[i] * resampling.side + taps.columns.entry[j];
-          weights[entry + i * kTaps + j] = multiply(taps.rows.weight[i], taps.columns.weight[j]);
+          ids[entry + i * kTaps + j] =
+              taps.vertical.index[i] * resampling.side + taps.horizontal.index[j];
+          weights[entry + i * kTaps + j] =
+              embedding_lookup::multiply(taps.vertical.weight[i], taps.horizontal.weight[j]);
         }
       }
       return;

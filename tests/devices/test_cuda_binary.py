@@ -147,6 +147,7 @@ THREADS = {
     "sum": 256,
     "finish": 256,
     "interpolation": 128,
+    "scaling": 256,
 }
 REGISTERS = 65536  # of a multiprocessor
 MOST_THREADS = {"sm_75": 1024, "sm_86": 1536, "sm_87": 1536, "sm_89": 1536}
@@ -160,13 +161,14 @@ def blocks_with(registers, threads):
 
 
 def test_registers_leave_room_for_the_blocks_that_the_design_counts_on(resources):
-    """32 warps of the main forward, 24 of the weighted one, 32 of the sums, and at least two blocks of
-    any kernel, on every architecture whose multiprocessors take as many threads."""
+    """32 warps of the main forwards, 24 of the others, 32 of the sums and of their last step, and at least
+    two blocks of any kernel, on every architecture whose multiprocessors take as many threads. The sums'
+    shared memory has room for as many: a static assertion beside their launch."""
     wanted = {
-        r"forward_kernel<(\w+), \1, \1, [48], 2, .*": 4,
+        r"forward_kernel<(\w+), \1, \1, [48], [24], .*": 4,
         r"forward_kernel<.*": 3,
-        r"sum_kernel<.*": 4,
-        r"(rows|sort|finish|interpolation)_kernel.*": 2,
+        r"(sum|finish)_kernel<.*": 4,
+        r"(rows|sort|interpolation|scaling)_kernel.*": 2,
     }
     for arch, report in resources.items():
         for name, (*_, registers) in report.items():
@@ -176,64 +178,89 @@ def test_registers_leave_room_for_the_blocks_that_the_design_counts_on(resources
             assert blocks_with(registers, threads) >= blocks, f"{name} for {arch}: {registers}"
 
 
-# The loads of 16 bytes of a main path that are requested together, by their cache hints: the residual's
-# vectors, which go out with the ids, padding and weights; the rows'; four entries' gradients.
-BATCHES = [
+# The main paths, by what a forward's lane requests of the residual, with the ids, padding and weights, and then
+# of the rows.
+FORWARDS = [
     ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 2, false, true>", 3, 2 * 3),
     ("forward_kernel<Half, Half, Half, 8, 2, false, true>", 3, 2 * 3),
     ("forward_kernel<float, float, float, 4, 2, false, true>", 3, 2 * 3),
     ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 2, false, false>", 0, 2 * 3),
-    ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 4, true, true>", 2, 4 * 2),
-    ("forward_kernel<float, float, float, 4, 4, true, true>", 2, 4 * 2),
-    ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 4, true, false>", 0, 4 * 2),
-    ("sum_kernel<BFloat16, BFloat16, 8>", 0, 4),
-    ("sum_kernel<float, float, 4>", 0, 4),
+    ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 4, true, true>", 1, 4),
+    ("forward_kernel<float, float, float, 4, 4, true, true>", 1, 4),
+    ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 4, true, false>", 0, 4),
+    ("forward_kernel<BFloat16, BFloat16, BFloat16, 8, 0, true, true>", 1, 4),
 ]
+SUMS = ["sum_kernel<BFloat16, BFloat16, 8>", "sum_kernel<float, float, 4>"]
 
+
+class Batch(NamedTuple):
+    """Loads that are requested before any is waited for: `count` of those whose name matches, after the first
+    `skip`; with `all_before`, and all that a kernel loads before the last of them."""
+
+    kernel: str
+    load: str
+    count: int
+    skip: int = 0
+    all_before: bool = False
+
+    def positions(self, instructions):
+        loads = [i for i, found in enumerate(instructions) if found.name.startswith("LDG")]
+        matching = [i for i in loads if re.fullmatch(self.load, instructions[i].name)]
+        batch = matching[self.skip : self.skip + self.count]
+        assert len(batch) == self.count, "fewer loads than the design has"
+        return [i for i in loads if i <= batch[-1]] if self.all_before else batch
+
+
+STREAMED, KEPT, PLAIN = r"LDG\.E\.EF\..*128", r"LDG\.E\.128\.CONSTANT", r"LDG\.E"
+BATCHES = [
+    *(Batch(kernel, STREAMED, count, all_before=True) for kernel, count, _ in FORWARDS if count),
+    *(Batch(kernel, KEPT, count) for kernel, _, count in FORWARDS),
+    # The low and the high half of four ids, and four flags; the counts of 16 tiles, and four entries.
+    Batch("rows_kernel", r"LDG.*", 4 * 3),
+    Batch("sort_kernel", PLAIN, 16),
+    Batch("sort_kernel", PLAIN + r"\.64", 4),
+    # Two entries, the tile's first row and a neighbour's; two weights; four tokens' gradients.
+    *(Batch(kernel, PLAIN + r"(\.64)?", 4) for kernel in SUMS),
+    *(Batch(kernel, PLAIN, 2, skip=2) for kernel in SUMS),
+    *(Batch(kernel, KEPT, 4) for kernel in SUMS),
+    # The rows at a tile's ends and of its neighbours; four partials.
+    Batch("finish_kernel<BFloat16, 4>", PLAIN, 4),
+    Batch("finish_kernel<BFloat16, 4>", PLAIN + r"\.128", 4),
+    Batch("scaling_kernel<float, BFloat16, 4>", STREAMED, 4),
+    Batch("scaling_kernel<BFloat16, BFloat16, 8>", STREAMED, 4),
+]
+each_batch = pytest.mark.parametrize(
+    "batch", BATCHES, ids=lambda b: f"{b.kernel}-{b.load}-{b.count}"
+)
 
 # What ptxas makes of the sources elsewhere was not looked at as closely.
 ARCHS = {"sm_80", "sm_90", "sm_100"}
 
 
-def batches(instructions, residuals, rows):
-    """The positions of the loads in each of a kernel's batches."""
-    loads = [i for i, instruction in enumerate(instructions) if instruction.name.startswith("LDG")]
-    streamed = [i for i in loads if re.search(r"EF\b.*128", instructions[i].name)]
-    kept = [i for i in loads if re.search(r"128\b.*CONSTANT", instructions[i].name)]
-    assert len(streamed) >= residuals and len(kept) >= rows, "fewer loads than the design has"
-    if residuals:
-        last = streamed[residuals - 1]
-        yield [i for i in loads if i <= last]
-    yield kept[:rows]
-
-
-@pytest.mark.parametrize("kernel, residuals, rows", BATCHES)
-def test_a_batch_of_loads_is_requested_before_any_is_waited_for(
-    machine_code, kernel, residuals, rows
-):
+@each_batch
+def test_a_batch_of_loads_is_requested_before_any_is_waited_for(machine_code, batch):
     for arch in sorted(ARCHS & set(machine_code)):
-        code = machine_code[arch]
-        for loads in batches(code[kernel], residuals, rows):
-            wait = first_wait(code[kernel], loads)
-            assert wait is None, f"{kernel} for {arch}: {wait}"
+        instructions = machine_code[arch][batch.kernel]
+        wait = first_wait(instructions, batch.positions(instructions))
+        assert wait is None, f"{batch.kernel} for {arch}: {wait}"
 
 
-def test_a_wait_within_a_batch_is_noticed(machine_code):
-    """The forward with one residual's use moved up, and with a load that another's address needs."""
+@each_batch
+def test_a_wait_within_a_batch_is_noticed(machine_code, batch):
+    """A use of what its first load brings moved up, and a load whose address needs that."""
     code = machine_code["sm_90"] if "sm_90" in machine_code else next(iter(machine_code.values()))
-    kernel, residuals, rows = BATCHES[0]
-    for loads in batches(code[kernel], residuals, rows):
-        register = min(code[kernel][loads[0]].loaded())
-        for consumer in (
-            Instruction("ISETP.NE.AND", f"P0, PT, R{register}, RZ, PT"),
-            Instruction("LDG.E.128", f"R200, desc[UR4][R{register}.64]"),
-        ):
-            broken = [*code[kernel][: loads[-1]], consumer, *code[kernel][loads[-1] :]]
-            moved = [*loads[:-1], loads[-1] + 1]
-            assert first_wait(broken, moved) == consumer
+    instructions = code[batch.kernel]
+    loads = batch.positions(instructions)
+    register = min(instructions[loads[0]].loaded())
+    for consumer in (
+        Instruction("ISETP.NE.AND", f"P0, PT, R{register}, RZ, PT"),
+        Instruction("LDG.E.128", f"R200, desc[UR4][R{register}.64]"),
+    ):
+        broken = [*instructions[: loads[-1]], consumer, *instructions[loads[-1] :]]
+        assert first_wait(broken, [*loads[:-1], loads[-1] + 1]) == consumer
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel, *_ in BATCHES])
+@pytest.mark.parametrize("kernel", [kernel for kernel, *_ in FORWARDS] + SUMS)
 def test_main_path_moves_16_bytes_at_a_time(machine_code, kernel):
     """Activations, rows and sums; ids, weights, flags and the sorted list come by the entry."""
     for arch, code in machine_code.items():
@@ -255,13 +282,15 @@ def test_two_rows_are_added_in_packed_arithmetic(machine_code, kernel):
 
 
 def test_kernels_overlap_where_they_can(machine_code):
-    """From 9.0 on each kernel of the backward waits for the one before, and lets the next one start."""
+    """From 9.0 on each kernel of the backward waits for the one before, and lets the next one start; after the
+    last come others'."""
     for arch, code in machine_code.items():
         for name, instructions in code.items():
             names = [i.name.partition(".")[0] for i in instructions]
-            overlaps = int(arch[3:]) >= 90 and not name.startswith(("forward", "interpolation"))
+            overlaps = int(arch[3:]) >= 90 and name.startswith(("rows", "sort", "sum", "finish"))
+            is_last = name.startswith("finish")
             assert ("ACQBULK" in names) == overlaps, f"{name} for {arch}"
-            assert ("PREEXIT" in names) == overlaps, f"{name} for {arch}"
+            assert ("PREEXIT" in names) == (overlaps and not is_last), f"{name} for {arch}"
             if overlaps:
                 first = min(i for i, name in enumerate(names) if name in ("LDG", "STG", "EXIT"))
                 assert names.index("ACQBULK") < first

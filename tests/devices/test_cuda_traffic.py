@@ -66,6 +66,36 @@ def test_weighted_forward(variant_dir, kernel):
     assert launch[table.data_ptr()].read == 4 * 200 * 1152 * 2
 
 
+@pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_forward_reads_each_row_once(variant_dir, kernel, entries, weighted):
+    """Of entries that have one, whatever the number that is looked up together."""
+    ids = torch.randint(0, ROWS, (60, entries))
+    ids[::7] = -1
+    table = torch.randn(ROWS, 136).bfloat16()
+    weights = torch.randn(60, entries) if weighted else None
+    log = []
+    with count_traffic(variant_dir, log):
+        kernel.fused_embedding_lookup(ids, table, weights=weights, padding_id=-1)
+    rows = (ids != -1).sum().item()
+    assert log[0][table.data_ptr()].read == rows * 136 * 2
+
+
+@pytest.mark.parametrize("count", [2**16, 2**16 + 16])
+def test_scaling(variant_dir, kernel, count):
+    """The pixels, once, but for the last vector again in the last block; the result, once."""
+    pixels = torch.rand(count)
+    log = []
+    with count_traffic(variant_dir, log):
+        out = kernel.scale_pixels(pixels, torch.bfloat16)
+    (launch,) = log
+    moved = launch.pop(pixels.data_ptr())
+    assert moved.read_once == moved.read_by_blocks == pixels.nbytes
+    assert pixels.nbytes <= moved.read <= pixels.nbytes + 256 * 4 * 16
+    assert launch.pop(out.data_ptr())[1::2] == (out.nbytes,) * 3
+    assert not launch, "it touches something else"
+
+
 @pytest.mark.parametrize("kind", ["grid", "random", "one id"])
 def test_backward(variant_dir, kernel, arguments, kind):
     ids, _, padding, grad = arguments
@@ -99,12 +129,14 @@ def test_backward(variant_dir, kernel, arguments, kind):
     assert all(moved.written == moved.written_once for moved in written)
     assert all(moved.read == 0 for moved in (*filled, *written))
 
-    # The ids, once; a flag an entry.
-    assert rows.pop(ids.data_ptr()) == Moved(*(16 * TOKENS, 0) * 2, read_by_blocks=16 * TOKENS)
-    assert rows.pop(padding.data_ptr()).read == entries
+    # The ids, once; a flag an entry. The last entry again for what is missing in the last 2048.
+    moved = rows.pop(ids.data_ptr())
+    again = -entries % 2048
+    assert moved == Moved(16 * TOKENS + 8 * again, 0, *(16 * TOKENS, 0) * 2)
+    assert rows.pop(padding.data_ptr()).read == entries + again
 
     # The workspace: 8 bytes an entry in and out of each sort, once a slab for the sums; the counts of
-    # 5 blocks, 1 KiB each; at most two partials of 3 KiB a tile.
+    # 5 blocks, 1 KiB each, of which 16 numbers a thread are asked for; at most two partials of 3 KiB a tile.
     for launch in log:
         launch.pop(0, None)  # shared memory
     (workspace,) = {address for launch in log for address in launch}
@@ -112,12 +144,15 @@ def test_backward(variant_dir, kernel, arguments, kind):
     counts = 5 * 1024
     tiles, slabs = -(-entries // 512), 12
     assert moved[0].written == 8 * entries + 2 * counts
-    assert moved[1].read <= 8 * entries + 5 * counts + 8 * entries
-    assert moved[2].read == 8 * entries + 5 * counts
+    for of_sort in moved[1:3]:
+        assert of_sort.read == 8 * entries + 5 * 512 * 16 * 4
+        assert of_sort.read_by_blocks == 8 * entries + 5 * counts
     assert moved[3].read_once <= 8 * entries
     assert moved[3].read_by_blocks <= slabs * (8 * entries + 96 * tiles)
+    # A thread asks for two entries, the tile's first row and a neighbour's.
+    assert moved[3].read <= slabs * tiles * 256 * (2 * 8 + 2 * 4)
     assert moved[3].written <= 2 * 4 * HIDDEN * tiles
-    assert moved[4].read <= 8 * 6 * 300 * tiles * 4 + 2 * 4 * HIDDEN * tiles
+    assert moved[4].read <= 6 * 256 * tiles * (4 + 1) * 4 + 2 * 4 * HIDDEN * tiles
     assert moved[4].written == 0
 
 

@@ -48,6 +48,27 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(variant_dir, d
         assert all(torch.equal(a, b) for a, b in zip(actual, expected)), seed
 
 
+@pytest.mark.variant("cuda-simt")
+def test_a_failed_launch_is_told_once(kernel, variant_dir):
+    """By us, and not by whoever asks CUDA for its last error next."""
+    (path,) = variant_dir.glob("*.abi3.so")
+    extension = ctypes.CDLL(path)
+    ids, table, _, residual = problem(72, torch.float32)
+    extension.cuda_refuse_launches(ctypes.c_bool(True))
+    try:
+        for function in (
+            lambda: kernel.fused_embedding_lookup(ids, table),
+            lambda: kernel.op.ops.backward(
+                residual, ids, None, None, None, 64, False, torch.float32
+            ),
+        ):
+            with pytest.raises(RuntimeError, match="failed: the .*: invalid argument"):
+                function()
+            assert extension.cuda_last_error() == 0
+    finally:
+        extension.cuda_refuse_launches(ctypes.c_bool(False))
+
+
 BACKWARD, FORWARD, COMMON = (
     f"csrc/cuda/{name}" for name in ("backward.cu", "forward.cu", "common.cuh")
 )
@@ -61,20 +82,23 @@ BROKEN = {
     "a warp of the sort doesn't wait for its lanes": (
         BACKWARD, "      __syncwarp();\n", "", "a race: .* shared memory",
     ),
+    "a lane of the sort writes what others have yet to read": (
+        BACKWARD, "      __syncwarp();  // a match orders no memory\n", "", "a race: .* shared memory",
+    ),
     "the barrier before the sums is missing": (
-        BACKWARD, "  load_tile(plan, tile, shared);\n  __syncthreads();\n", "  load_tile(plan, tile, shared);\n", "a race: .* shared memory|outside of its memory|not a multiple",
+        BACKWARD, "  if (!load_tile(plan, tile, shared)) return;\n  __syncthreads();\n", "  if (!load_tile(plan, tile, shared)) return;\n", "a race: .* shared memory|outside of its memory|not a multiple",
     ),
     "the barrier before the pieces are joined is missing": (
         BACKWARD, "column);\n  __syncthreads();\n  if (!has_column) return;", "column);\n  if (!has_column) return;", "a race: .* shared memory",
     ),
     "only some threads come to a barrier": (
-        BACKWARD, "  if (has_column) sum_piece", "  if (!has_column) return;\n  if (has_column) sum_piece", "is stuck",
+        BACKWARD, "  if (has_column) sum_stretch", "  if (!has_column) return;\n  if (has_column) sum_stretch", "is stuck",
     ),
     "a kernel doesn't wait for the one before": (
         BACKWARD, "sum_kernel(const Plan plan) {\n  wait_for_previous_kernel();\n", "sum_kernel(const Plan plan) {\n", "before it has waited for the previous launch",
     ),
     "some blocks don't wait for the kernel before": (
-        BACKWARD, "  wait_for_previous_kernel();\n  if (blockIdx.x >= plan.num_chunks) return fill_share(plan, plan.digit + 1);\n", "  if (blockIdx.x >= plan.num_chunks) return;\n  wait_for_previous_kernel();\n", "ends without waiting for the previous launch",
+        BACKWARD, "  wait_for_previous_kernel();\n  let_next_kernel_start();\n  if (blockIdx.x >= plan.num_sort_tiles) return fill_share(plan, plan.digit + 1);\n", "  if (blockIdx.x >= plan.num_sort_tiles) return;\n  wait_for_previous_kernel();\n", "ends without waiting for the previous launch",
     ),
     "the forward writes a vector past the row": (
         FORWARD, "if (c >= num_columns) break;", "if (c >= num_columns + N) break;", "a race: .* wrote|outside of writable memory",
@@ -83,13 +107,13 @@ BROKEN = {
         FORWARD, "has_row[b] && c < num_columns", "has_row[b] && c < num_columns + 4096", "reads .* outside of its memory",
     ),
     "the last entry is left out": (
-        BACKWARD, "if (begin + i < plan.num_entries) {", "if (begin + i + 1 < plan.num_entries) {", "gradient differs",
+        BACKWARD, "if (position >= num_entries) entry", "if (position + 1 >= num_entries) entry", "gradient differs",
     ),
     "a run that crosses tiles is left out": (
         BACKWARD, "  if (!goes_on || !begins) return;", "  if (!goes_on || begins) return;", "gradient differs",
     ),
-    "a run that crosses pieces is left out": (
-        BACKWARD, "  const bool leaves = shared.row(next * kPiece - 1) == row;", "  const bool leaves = side == kHead;", "gradient differs|a race",
+    "a run that crosses stretches is left out": (
+        BACKWARD, "  const bool leaves = shared.row(next * kStretch - 1) == row;", "  const bool leaves = side == kHead;", "gradient differs|a race",
     ),
     "a warp's mask lacks a lane": (
         COMMON, "kAllLanes = 0xffffffff", "kAllLanes = 0x7fffffff", "is not in its own mask 7fffffff",
@@ -101,7 +125,28 @@ BROKEN = {
         BACKWARD, "sizeof(SortShared), stream,", "sizeof(SortShared) / 2, stream,", "outside of writable memory",
     ),
     "more shared memory than there may be": (
-        BACKWARD, "constexpr int kPiece = 16;", "constexpr int kPiece = 64;", "static assertion failed: two blocks",
+        BACKWARD, "constexpr int kStretchBits = 4;", "constexpr int kStretchBits = 6;", "static assertion failed: two blocks",
+    ),
+    "shared memory for less than three blocks of the sums": (
+        BACKWARD, "  alignas(kVectorBytes) float partials", "  uint4 unused[512];\n  alignas(kVectorBytes) float partials", "static assertion failed: three blocks",
+    ),
+    "shared memory for less than four blocks of the sums": (
+        BACKWARD, "  alignas(kVectorBytes) float partials", "  uint4 unused[1024];\n  alignas(kVectorBytes) float partials", "static assertion failed: four blocks",
+    ),
+    "the workspace is a product": (
+        BACKWARD, "int64_t{plan.num_tiles} * kSides * lookup.num_columns);", "int64_t{plan.num_tiles} * plan.num_tiles * kSides * lookup.num_columns);", "assert wide \\* 5 <= 25e6",
+    ),
+    "a block reads parts of sectors": (
+        BACKWARD, "lookup.num_columns % N == 0 && can_vectorise_activation(lookup, sizeof(Grad), N);", "false;", "reads sectors for less than their bytes",
+    ),
+    "the last row is read again for entries that aren't there": (
+        FORWARD, "exists[b] && entries.has_row(k)", "entries.has_row(k)", "reads rows too often",
+    ),
+    "a kernel can't be loaded while a graph is captured": (
+        COMMON, "  const RelaxedCapture relaxed;\n  check_cuda(cudaLaunchKernelEx", "  check_cuda(cudaLaunchKernelEx", "not permitted when stream is capturing",
+    ),
+    "a launch's error is left for others to find": (
+        COMMON, "  cudaGetLastError();\n", "", "assert extension.cuda_last_error\\(\\) == 0",
     ),
     "a vector is read where no vector may be": (
         COMMON, "stride * element_size % bytes == 0", "true", "not a multiple",
@@ -121,13 +166,13 @@ BROKEN = {
         FORWARD, "lookup.activation.data<const Residual>() + token.activation;", "lookup.activation.data<const Residual>() + static_cast<int32_t>(token.activation);", "outside of its memory",
     ),
     "the residual is read twice": (
-        FORWARD, "    if (begin > 0) load_residuals", "    load_residuals", "reads the residual too often",
+        FORWARD, "  entries.resolve(lookup, padding, lane);", "  entries.resolve(lookup, padding, lane);\n  load_residuals<kResidual, K == 0>(lookup, offsets, lane * N, residuals);", "reads the residual too often",
     ),
     "padding's gradients are read": (
-        BACKWARD, "    if (shared.row(begin) == plan.no_row) return;\n", "", "reads the gradient too often",
+        BACKWARD, "    if (items[0].row == plan.no_row) return;\n", "", "reads the gradient too often",
     ),
     "a product is fused into the sum": (
-        FORWARD, "sum[n] = __fadd_rn(sum[n], kWeighted ? __fmul_rn(weight, element) : element);", "sum[n] = kWeighted ? fmaf(weight, element, sum[n]) : sum[n] + element;", "output differs",
+        FORWARD, "sum[n] = __fadd_rn(sum[n], kWeighted ? __fmul_rn(weight, elements[n]) : elements[n]);", "sum[n] = kWeighted ? fmaf(weight, elements[n], sum[n]) : sum[n] + elements[n];", "output differs",
     ),
     "a weighted sum starts from -0": (
         FORWARD, "? 0.0f : -0.0f;", "? -0.0f : -0.0f;", "output differs",
@@ -264,6 +309,7 @@ import torch
 from helpers import reference
 from test_op import test_strides_past_32_bits
 from test_simt import problem, run
+from test_simt import test_a_failed_launch_is_told_once
 sys.path.insert(0, "tests/simt")
 from traffic import count_traffic
 
@@ -322,6 +368,19 @@ if sys.argv[2] == "cuda":
         kernel.op.ops.backward(residual, ids, None, padding, None, 64, False, torch.float32)
     read = sum(launch[residual.data_ptr()].read for launch in log if residual.data_ptr() in launch)
     assert read <= 2 * ((~padding).sum() + 3) * 72 * 4, "reads the gradient too often"
+    from test_cuda_traffic import test_workspace
+
+    log, grad = [], torch.randn(400, 128).bfloat16()
+    with count_traffic(variant_dir, log):
+        kernel.op.ops.backward(grad, ids[0], None, None, None, 64, False, torch.bfloat16)
+    moved = log[-2][grad.data_ptr()]
+    assert moved.read_by_blocks <= moved.read, "reads sectors for less than their bytes"
+    log, table = [], torch.randn(1, 64, 72)
+    with count_traffic(variant_dir, log):
+        kernel.fused_embedding_lookup(ids[0, :, :1].abs(), table)
+    assert log[0][table.data_ptr()].read == 400 * 72 * 4, "reads rows too often"
+    test_workspace(kernel, "grid")
+    test_a_failed_launch_is_told_once(kernel, variant_dir)
 if sys.argv[2] == "metal":
     import threading
     from concurrent.futures import ThreadPoolExecutor

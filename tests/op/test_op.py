@@ -365,22 +365,22 @@ def test_every_length_of_a_run(variant, kernel, poison, hidden):
     assert ((table.grad.double() - exact).abs() <= bound).all()
 
 
-# The forms that came with weights. Variants that refuse them have a test of the message.
+# The forms that came with weights.
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("grad_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("residual_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rows", [20, 2304])  # by columns, and by rows
-def test_weighted_gradient_of_a_shared_table(variant, kernel, poison, dtype, grad_dtype, rows):
+def test_weighted_gradient_of_a_shared_table(variant, kernel, poison, dtype, residual_dtype, rows):
     """Wide rows, long runs, a row that is most of the work, and rows that nothing reads."""
-    ids = torch.randint(0, rows - 3, (5000, 4))
-    ids[1000:2000] = 1
-    weights = torch.randn(5000, 4)
-    table = torch.randn(rows, 1100, dtype=dtype, requires_grad=True)
-    residual = torch.zeros(5000, 1100, dtype=grad_dtype)
+    tokens, hidden = (800, 140) if variant.is_emulated else (5000, 1100)
+    ids = torch.randint(0, rows - 3, (tokens, 4))
+    ids[tokens // 5 : tokens * 2 // 5] = 1
+    weights = torch.randn(tokens, 4)
+    table = torch.randn(rows, hidden, dtype=dtype, requires_grad=True)
+    residual = torch.zeros(tokens, hidden, dtype=residual_dtype)
     out = kernel.fused_embedding_lookup(
-        ids, table, weights=weights, residual=residual, embedding_dtype=grad_dtype
+        ids, table, weights=weights, residual=residual, embedding_dtype=residual_dtype
     )
     grad = torch.randn_like(out)
     (actual,) = torch.autograd.grad(out, table, grad)
@@ -392,7 +392,6 @@ def test_weighted_gradient_of_a_shared_table(variant, kernel, poison, dtype, gra
     assert (actual[-3:] == 0).all()
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("entries", [5, 16, 64])
 def test_many_entries_are_summed_within_the_bound(kernel, dtype, entries):
@@ -410,7 +409,6 @@ def test_many_entries_are_summed_within_the_bound(kernel, dtype, entries):
         assert ((lookup.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_weighted_sum_starts_at_plus_zero(kernel, dtype):
     """As torch.sum does: terms that are all -0 make +0. Without weights the first term is the start."""
@@ -441,7 +439,6 @@ def test_an_entry_of_padding_adds_plus_zero(kernel, dtype, residual_dtype):
             assert torch.equal(out.signbit(), expected.signbit())
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_weight_of_zero_reads_its_row(kernel, dtype):
     table = torch.tensor([[1.0], [float("inf")], [float("nan")]], dtype=dtype).repeat(1, 70)
@@ -451,23 +448,22 @@ def test_a_weight_of_zero_reads_its_row(kernel, dtype):
     assert (out[2] == 1).all()
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("payload", [0x7F800001, 0x7FFFFFFF, 0x7FC00000])
-def test_a_weight_of_any_nan_makes_nan(kernel, payload):
+def test_a_weight_of_any_nan_makes_nan(variant, kernel, payload):
     """Whatever its bits are: rounding must not carry into its sign, nor cut it to infinity."""
     weights = torch.tensor([payload], dtype=torch.int32).view(torch.float32).expand(2, 4)
-    for dtype in FLOATS:
+    for dtype in variant.floats:
         table = torch.randn(3, 70, dtype=dtype)
         out = kernel.fused_embedding_lookup(torch.zeros(2, 4).long(), table, weights=weights)
         assert out.isnan().all()
 
 
-@pytest.mark.variant("cpu")
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rows", [100, 5000])  # by columns, and by rows
-def test_backward_is_deterministic(kernel, dtype, weighted, rows):
+def test_backward_is_deterministic(variant, kernel, dtype, weighted, rows):
     """The same bits from 9 runs, on 1, 2 and 7 threads, however the work is split over them."""
+    hidden, runs = (40, 4) if variant.is_emulated else (768, 9)
     ids, weights = reference.grid(2, 2520, 60, 40), None
     if rows > 100:
         ids.random_(0, rows)
@@ -476,11 +472,11 @@ def test_backward_is_deterministic(kernel, dtype, weighted, rows):
     if weighted:
         weights = torch.randn(ids.shape)
     default_threads = torch.get_num_threads()
-    table = torch.randn(2, rows, 768, dtype=dtype, requires_grad=True)
-    grad = torch.randn(2, 2520, 768, dtype=dtype)
+    table = torch.randn(2, rows, hidden, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 2520, hidden, dtype=dtype)
     results = []
     try:
-        for run in range(9):
+        for run in range(runs):
             torch.set_num_threads([1, 2, 7][run % 3])
             out = kernel.fused_embedding_lookup(ids, table, padding=padding, weights=weights)
             results.append(torch.autograd.grad(out, table, grad)[0])

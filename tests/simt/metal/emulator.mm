@@ -76,6 +76,11 @@ __attribute__((visibility("default"))) void metal_set_stream(unsigned stream) {
 }
 }
 
+// Out of line: the shaders' flags have divisions that aren't rounded correctly.
+namespace metal::precise {
+float divide(float a, float b) { return a / b; }
+}  // namespace metal::precise
+
 // ---------------------------------------------------------------------------------------------
 // Foundation.
 
