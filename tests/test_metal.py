@@ -14,6 +14,7 @@ import torch
 
 import reference
 from conftest import NEEDS_CLANG, ROOT
+from test_memory import allocated
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import count_traffic
@@ -168,6 +169,54 @@ def test_one_entry_is_copied_bit_by_bit(kernel, dtype, hidden):
     ids = torch.randint(0, 30, (50, 1))
     out = kernel.fused_embedding_lookup(ids, table.view(dtype))
     assert torch.equal(out.view(bits), table[0, ids[:, 0]])
+
+
+def test_a_row_is_summed_in_the_order_of_tokens(kernel):
+    """Entries whose run is too short for a partial, before a tile that has one: 2^24 + 1 is 2^24."""
+    tile = 4096
+    ids, grad = torch.ones(3 * tile, 1, dtype=torch.int64), torch.zeros(3 * tile, 8)
+    ids[[5, tile + 5]] = 0
+    grad[5], grad[tile + 5] = 2.0**24, -(2.0**24)
+    ids[2 * tile : 2 * tile + 300] = 0
+    grad[2 * tile] = 1
+    sums = kernel.op.ops.backward(grad, ids, None, None, None, 2, False, torch.float32)
+    assert sums[0, :, 0].tolist() == [1, 0]
+    # And the partial first: 1 + 2^24 is lost.
+    sums = kernel.op.ops.backward(
+        grad.roll(tile, 0), ids.roll(tile, 0), None, None, None, 2, False, torch.float32
+    )
+    assert sums[0, :, 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("entries", [1, 22, 33, 64])
+def test_runs_of_every_length(kernel, entries):
+    """Of a shared table, whose runs are longest: less and more than a piece, up to whole tiles."""
+    for rows in (1, 7, 300):
+        ids = torch.randint(0, rows, (9000 // entries, entries))
+        grad = torch.randn(len(ids), 4)
+        actual = kernel.op.ops.backward(grad, ids, None, None, None, rows, True, torch.float32)
+        exact, magnitude = reference.grad_table(grad, ids, rows, shared=True)
+        assert ((actual - exact).abs() <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize(
+    "tokens, entries, hidden, bytes_per_token",
+    [
+        (100800, 2, 768, 768 // 2),
+        (16384, 22, 2048, 2048 // 2),
+        (16384, 32, 2048, 2048),
+        (16384, 64, 4096, 4096 * 4),
+    ],
+)
+def test_the_workspace(kernel, dry_run, tokens, entries, hidden, bytes_per_token):
+    """Of which no page is touched: an eighth of a float32 row a token, up to 22 entries. With more, what
+    it takes that ids which are all the same make a partial a tile."""
+    grad = torch.empty(1, hidden, dtype=torch.bfloat16).expand(tokens, hidden)
+    ids = torch.zeros(tokens, entries, dtype=torch.int64)
+    total, result = allocated(
+        lambda: kernel.op.ops.backward(grad, ids, None, None, None, 9, False, torch.bfloat16)
+    )
+    assert total - result.nbytes <= 1.02 * (bytes_per_token * tokens + 19 * ids.numel())
 
 
 def test_a_pipeline_that_cannot_be_made_is_named():

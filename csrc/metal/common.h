@@ -197,6 +197,9 @@ METAL_FUNC float read_weight(constant Lookup& lookup, device const float* weight
 METAL_FUNC int64_t shuffle(int64_t value, uint lane) {
   return as_type<int64_t>(simd_shuffle(as_type<uint2>(value), static_cast<ushort>(lane)));
 }
+METAL_FUNC uint shuffle(uint value, uint lane) {
+  return simd_shuffle(value, static_cast<ushort>(lane));
+}
 METAL_FUNC float shuffle(float value, uint lane) {
   return simd_shuffle(value, static_cast<ushort>(lane));
 }

@@ -258,23 +258,34 @@ struct Workspace {
   Tensor addends[2], num_addends[2];  // merged from one into the other and back
 };
 
-Workspace make_workspace(const Lookup& lookup, int64_t num_tiles, torch::stable::Device device) {
+Workspace make_workspace(const Lookup& lookup, const metal::Backward& params,
+                         torch::stable::Device device) {
+  const int64_t num_tiles = params.num_tiles;
+  const int64_t tile_partials = params.tile_partials;
   auto make = [&](IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     return allocate("the backward's workspace", sizes, dtype, device);
   };
   auto make_addends = [&] {
     return make({num_tiles, metal::kTile, sizeof(metal::Addend)}, ScalarType::Byte);
   };
-  Workspace workspace{
-      make({num_tiles, metal::kTile, sizeof(uint16_t)}, ScalarType::Byte),
-      make({num_tiles, metal::kTilePartials, sizeof(metal::Piece)}, ScalarType::Byte),
-      make({num_tiles}, ScalarType::Int),
-      make({num_tiles, metal::kTilePartials, lookup.num_columns}, ScalarType::Float),
-      make({lookup.total_rows()}, ScalarType::Int),
-      {make_addends(), make_addends()},
-      {make({num_tiles}, ScalarType::Int), make({num_tiles}, ScalarType::Int)}};
+  Workspace workspace{make({num_tiles, metal::kTile, sizeof(uint16_t)}, ScalarType::Byte),
+                      make({num_tiles, tile_partials, sizeof(metal::Piece)}, ScalarType::Byte),
+                      make({num_tiles}, ScalarType::Int),
+                      make({num_tiles, tile_partials, lookup.num_columns}, ScalarType::Float),
+                      make({lookup.total_rows()}, ScalarType::Int),
+                      {make_addends(), make_addends()},
+                      {make({num_tiles}, ScalarType::Int), make({num_tiles}, ScalarType::Int)}};
   torch::stable::zero_(workspace.starts);
   return workspace;
+}
+
+// Runs so long that a token's partials take no more than an eighth of a float32 row, whatever K is;
+// but no longer than a tile has tokens, so that of ids that are all the same each tile makes a
+// partial.
+int64_t min_run(int64_t num_entries) {
+  static_assert(metal::kMinRun * metal::kTile <= metal::kPiece * metal::kPiece,
+                "no run is longer than a piece, or there could be more pieces than runs");
+  return std::min(metal::kMinRun * num_entries, metal::kTile / num_entries);
 }
 
 // Encodes the launches of one backward.
@@ -352,6 +363,8 @@ class BackwardEncoder {
   static constexpr int64_t kMaxTiles = kMaxCount / (metal::kTile - kMaxEntries) + 1;
   static_assert(kMaxTiles * metal::kMaxThreads <= kMaxGrid &&
                 kMaxTiles * metal::kTileParts * kColumnThreads <= kMaxGrid);
+  // And an addend's index numbers all partials and all entries.
+  static_assert(kMaxTiles * (metal::kTile / metal::kMinRun) + kMaxCount <= kMaxGrid);
 
   // A shader whose simdgroups share the columns. They need be no more than there are blocks.
   void use_columns(const std::string& name, int64_t width) {
@@ -390,10 +403,12 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   params.total_rows = static_cast<uint32_t>(lookup.total_rows());
   params.num_tiles = static_cast<uint32_t>(num_tiles);
   params.tile_entries = static_cast<uint32_t>(tile_entries);
+  params.min_run = static_cast<uint32_t>(min_run(lookup.num_entries));
+  params.tile_partials = metal::kTile / params.min_run;
   const int64_t width = can_vectorise_activation(lookup) ? metal::kVectorWidth : 1;
 
   // Not in the stream's queue: PyTorch takes it for the zeros.
-  const Workspace workspace = make_workspace(lookup, num_tiles, device);
+  const Workspace workspace = make_workspace(lookup, params, device);
   on_stream([&](Encoder& encoder) {
     BackwardEncoder backward(encoder, lookup, shader_params, params, workspace);
     if (num_tiles > 0) {
