@@ -110,10 +110,9 @@ METAL_FUNC void load_tile(Tile tile, uint size, constant Lookup& lookup, device 
     const uint token = (first_entry + i) / lookup.num_entries;
     const uint k = (first_entry + i) % lookup.num_entries;
     const TokenOffsets offsets = token_offsets(lookup, token);
-    const int64_t row = read_row(lookup, ids, offsets, k, token, errors);
-    if (row != kNoRow && !is_padding(lookup, padding, offsets)) {
-      tile.rows[i] = k * rows_per_entry + static_cast<uint>(row);
-    }
+    const int64_t row = resolve_row(lookup, load_id(lookup, ids, offsets, k),
+                                    is_padding(lookup, padding, offsets), k, token, errors);
+    if (row != kNoRow) tile.rows[i] = k * rows_per_entry + static_cast<uint>(row);
   }
 }
 
@@ -131,10 +130,6 @@ METAL_FUNC Counts add_up(threadgroup uint* counts, uint count, uint simdgroup, u
     result.all += counts[i];
   }
   return result;
-}
-
-METAL_FUNC uint vote(bool predicate) {
-  return static_cast<uint>(static_cast<simd_vote::vote_t>(simd_ballot(predicate)));
 }
 
 [[kernel]] void lookup_backward_sort(

@@ -9,9 +9,11 @@
 #import <Metal/Metal.h>
 
 #include <ATen/mps/MPSStream.h>
+#include <c10/metal/error.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <exception>
 #include <limits>
 #include <mutex>
@@ -28,6 +30,18 @@ namespace embedding_lookup {
 namespace {
 
 namespace metal = embedding_lookup_metal;
+
+// What the shaders write is PyTorch's to read.
+using TorchErrors = c10::metal::ErrorMessages;
+using TorchError = c10::metal::ErrorMessage;
+static_assert(sizeof(metal::ErrorMessage) == sizeof(TorchError) &&
+              offsetof(metal::ErrorMessage, file) == offsetof(TorchError, file) &&
+              offsetof(metal::ErrorMessage, function) == offsetof(TorchError, func) &&
+              offsetof(metal::ErrorMessage, message) == offsetof(TorchError, message) &&
+              offsetof(metal::ErrorMessage, line) == offsetof(TorchError, line));
+static_assert(offsetof(TorchErrors, count) == 0 && sizeof(TorchErrors::count) == 4 &&
+              offsetof(TorchErrors, msg) == 4 &&
+              sizeof(TorchErrors::msg) == metal::kMaxErrors * sizeof(metal::ErrorMessage));
 
 [[noreturn]] void fail(const std::string& what, NSError* error) {
   const char* reason = error != nil ? error.localizedDescription.UTF8String : "no reason given";
@@ -48,9 +62,16 @@ id<MTLComputePipelineState> pipeline(id<MTLDevice> device, const std::string& na
   id<MTLFunction> function =
       [library newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]];
   if (function == nil) fail("the Metal library has no function " + name, nil);
-  pipeline = [device newComputePipelineStateWithFunction:function error:&error];
+  id<MTLComputePipelineState> made = [device newComputePipelineStateWithFunction:function
+                                                                           error:&error];
   [function release];
-  if (pipeline == nil) fail("no pipeline for the Metal function " + name, error);
+  if (made == nil) fail("no pipeline for the Metal function " + name, error);
+  if (made.threadExecutionWidth != metal::kSimdWidth) {
+    const auto width = static_cast<int>(made.threadExecutionWidth);
+    [made release];
+    fail("simdgroups of this GPU have " + std::to_string(width) + " threads, not 32", nil);
+  }
+  pipeline = made;
   return pipeline;
 }
 
@@ -392,6 +413,7 @@ class BackwardEncoder {
 }  // namespace
 
 void launch_backward(const Lookup& lookup, torch::stable::Device device) {
+  static_assert(metal::kTile <= 1 << 16, "16 bits number a tile's entries");
   const metal::Lookup shader_params = shader_lookup(lookup);
   check(lookup.total_rows() <= kMaxCount, "table of shape [",
         lookup.rows_per_entry == 0 ? "" : std::to_string(lookup.num_entries) + ", ",
@@ -423,7 +445,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
 // ---------------------------------------------------------------------------------------------
 // Interpolation.
 
-void launch_interpolation(const Interpolation& interpolation, torch::stable::Device device) {
+void launch_interpolation(const Interpolation& interpolation, torch::stable::Device) {
   constexpr int64_t kThreads = 256;
   check(interpolation.num_images <= kMaxCount, "grid_thw must have at most ", kMaxCount,
         " images on MPS, got ", interpolation.num_images);
@@ -434,14 +456,16 @@ void launch_interpolation(const Interpolation& interpolation, torch::stable::Dev
   params.num_patches = static_cast<uint32_t>(interpolation.num_patches);
   params.grid_is_int64 = interpolation.grid_thw.dtype == ScalarType::Long;
   // With nothing to write, or no images, something has to be bound all the same.
-  const Tensor stand_in = allocate("a stand-in", {1}, ScalarType::Int, device);
+  const Operand& stand_in =
+      interpolation.grid_thw.present() ? interpolation.grid_thw : interpolation.ids;
+  if (!stand_in.present()) return;  // no images and no patches
   on_stream([&](Encoder& encoder) {
     encoder.use(interpolation.bicubic ? "vision_interpolation_4" : "vision_interpolation_2",
                 kThreads);
     encoder.set(metal::kInterpolation, params);
-    encoder.bind(metal::kGrid, interpolation.grid_thw, output(stand_in));
-    encoder.bind(metal::kPatchIds, interpolation.ids, output(stand_in));
-    encoder.bind(metal::kPatchWeights, interpolation.weights, output(stand_in));
+    encoder.bind(metal::kGrid, interpolation.grid_thw, stand_in);
+    encoder.bind(metal::kPatchIds, interpolation.ids, stand_in);
+    encoder.bind(metal::kPatchWeights, interpolation.weights, stand_in);
     const int64_t threads = int64_t{encoder.simdgroups()} * metal::kSimdWidth;
     encoder.dispatch(divide_up(interpolation.num_patches + 1, threads));
   });

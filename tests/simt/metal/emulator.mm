@@ -7,9 +7,10 @@
 // second encoder on a command buffer, an encoder used after its end, a commit while one is open; a
 // stream or an encoder touched outside the stream's queue, an exception leaving that queue, waiting
 // for it inside it; a pipeline made twice, which is what comes of making them without a lock; an
-// object used after its last release; a buffer that is none, or that a shader takes and nobody
-// bound, bytes of another size than the shader's type; a larger threadgroup, more threadgroup
-// memory or more threads than there may be; an object autoreleased without a pool.
+// object used after its last release; a buffer that is none, or none any more when a shader is
+// dispatched, or that a shader takes and nobody bound, bytes of another size than the shader's
+// type; a larger threadgroup, more threadgroup memory or more threads than there may be; an object
+// autoreleased without a pool.
 
 #import <Foundation/Foundation.h>
 #import <Metal/Metal.h>
@@ -243,6 +244,10 @@ int simt_metal::add_shaders(const Shader* shaders, size_t num_shaders) {
 - (NSUInteger)maxTotalThreadsPerThreadgroup {
   return max_threads;
 }
+- (NSUInteger)threadExecutionWidth {
+  const char* width = getenv("METAL_EMULATOR_SIMD_WIDTH");
+  return width == nullptr ? simt::kWarpSize : static_cast<NSUInteger>(atoi(width));
+}
 @end
 
 @interface EmulatedLibrary : NSObject <MTLLibrary>
@@ -290,6 +295,7 @@ constexpr size_t kMaxThreadgroupBytes = 32 << 10;
 constexpr unsigned kMaxBindings = 31;
 
 struct Binding {
+  const void* buffer = nullptr;
   const void* address = nullptr;
   std::vector<char> bytes;  // of setBytes
 };
@@ -378,7 +384,9 @@ size_t buffer_bytes(const void* address);
   const size_t bytes = buffer_bytes(address);
   if (bytes == 0) die("what is bound as buffer %lu is no buffer", index);
   if (offset >= bytes) die("buffer %lu of %zu bytes is bound at %lu", index, bytes, offset);
-  [self bindingAt:index]->address = static_cast<const char*>(address) + offset;
+  Binding* binding = [self bindingAt:index];
+  binding->buffer = address;
+  binding->address = static_cast<const char*>(address) + offset;
 }
 - (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index {
   [self check:"bytes are bound"];
@@ -414,6 +422,11 @@ size_t buffer_bytes(const void* address);
     if ((shader->buffers >> i & 1) == 0) continue;
     if (next_->bindings[i].address == nullptr && next_->bindings[i].bytes.empty()) {
       die("%s is missing buffer %u", shader->name, i);
+    }
+    // It may have been let go since it was bound.
+    const void* buffer = next_->bindings[i].buffer;
+    if (buffer != nullptr && buffer_bytes(buffer) == 0) {
+      die("what %s has as buffer %u is no buffer any more", shader->name, i);
     }
   }
   if (shader->takes_threadgroup_memory && next_->threadgroup_bytes == 0) {
