@@ -17,6 +17,7 @@
 
 #include <ATen/mps/MPSStream.h>
 #include <c10/metal/error.h>
+#include <link.h>
 #include <objc/runtime.h>
 
 #include <algorithm>
@@ -314,9 +315,30 @@ std::mutex running_mutex;
 const Command* running = nullptr;
 alignas(16) char threadgroup_memory[kMaxThreadgroupBytes];
 
+// Shaders may read what is in the constant address space outside of functions: this library's
+// segments that can be neither written nor executed.
+int add_constants(dl_phdr_info* library, size_t, void*) {
+  const auto own = reinterpret_cast<ElfW(Addr)>(&add_constants);
+  const auto has_own = [&](const ElfW(Phdr) & segment) {
+    return segment.p_type == PT_LOAD &&
+           own - (library->dlpi_addr + segment.p_vaddr) < segment.p_memsz;
+  };
+  const auto* begin = library->dlpi_phdr;
+  const auto* end = begin + library->dlpi_phnum;
+  if (std::none_of(begin, end, has_own)) return 0;
+  for (const auto* segment = begin; segment != end; ++segment) {
+    if (segment->p_type != PT_LOAD || segment->p_flags != PF_R) continue;
+    const auto* address = reinterpret_cast<const void*>(library->dlpi_addr + segment->p_vaddr);
+    simt::add_memory(segment, address, segment->p_memsz, false);
+  }
+  return 1;
+}
+
 // Throws what the engine throws.
 void run(Command& command) {
   const std::lock_guard<std::mutex> lock(running_mutex);
+  static const int added = dl_iterate_phdr(add_constants, nullptr);
+  if (added != 1) die("the library's constants are not found");
   running = &command;
   for (Binding& binding : command.bindings) {
     if (binding.bytes.empty()) continue;
