@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import NEEDS_CLANG, ROOT
+from conftest import ROOT, why_not
 from helpers import reference
+from helpers.memory import total_allocated
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import count_traffic
@@ -170,6 +171,54 @@ def test_one_entry_is_copied_bit_by_bit(kernel, dtype, hidden):
     assert torch.equal(out.view(bits), table[0, ids[:, 0]])
 
 
+def test_a_row_is_summed_in_the_order_of_tokens(kernel):
+    """Entries whose run is too short for a partial, before a tile that has one: 2^24 + 1 is 2^24."""
+    tile = 4096
+    ids, grad = torch.ones(3 * tile, 1, dtype=torch.int64), torch.zeros(3 * tile, 8)
+    ids[[5, tile + 5]] = 0
+    grad[5], grad[tile + 5] = 2.0**24, -(2.0**24)
+    ids[2 * tile : 2 * tile + 300] = 0
+    grad[2 * tile] = 1
+    sums = kernel.op.ops.backward(grad, ids, None, None, None, 2, False, torch.float32)
+    assert sums[0, :, 0].tolist() == [1, 0]
+    # And the partial first: 1 + 2^24 is lost.
+    sums = kernel.op.ops.backward(
+        grad.roll(tile, 0), ids.roll(tile, 0), None, None, None, 2, False, torch.float32
+    )
+    assert sums[0, :, 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("entries", [1, 22, 33, 64])
+def test_runs_of_every_length(kernel, entries):
+    """Of a shared table, whose runs are longest: less and more than a piece, up to whole tiles."""
+    for rows in (1, 7, 300):
+        ids = torch.randint(0, rows, (9000 // entries, entries))
+        grad = torch.randn(len(ids), 4)
+        actual = kernel.op.ops.backward(grad, ids, None, None, None, rows, True, torch.float32)
+        exact, magnitude = reference.grad_table(grad, ids, rows, shared=True)
+        assert ((actual - exact).abs() <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize(
+    "tokens, entries, hidden, bytes_per_token",
+    [
+        (100800, 2, 768, 768 // 2),
+        (16384, 22, 2048, 2048 // 2),
+        (16384, 32, 2048, 2048),
+        (16384, 64, 4096, 4096 * 4),
+    ],
+)
+def test_the_workspace(kernel, dry_run, tokens, entries, hidden, bytes_per_token):
+    """Of which no page is touched: an eighth of a float32 row a token, up to 22 entries. With more, what
+    it takes that ids which are all the same make a partial a tile."""
+    grad = torch.empty(1, hidden, dtype=torch.bfloat16).expand(tokens, hidden)
+    ids = torch.zeros(tokens, entries, dtype=torch.int64)
+    total, result = total_allocated(
+        lambda: kernel.op.ops.backward(grad, ids, None, None, None, 9, False, torch.bfloat16)
+    )
+    assert total - result.nbytes <= 1.02 * (bytes_per_token * tokens + 19 * ids.numel())
+
+
 def test_a_pipeline_that_cannot_be_made_is_named():
     """With Metal's own reason. The exception doesn't cross the queue, which could not let it through."""
     script = (
@@ -182,6 +231,19 @@ def test_a_pipeline_that_cannot_be_made_is_named():
     assert (
         "RuntimeError: fused_embedding_lookup failed: no pipeline for the Metal function "
         "lookup_copy_ushort_4: the emulator was told to fail"
+    ) in result.stderr
+
+
+def test_simdgroups_of_another_width_are_refused():
+    """Which no Apple GPU has: the shaders count on 32."""
+    script = (
+        "import conftest, torch\n"
+        "kernel = conftest.VARIANTS['metal-simt'].load()\n"
+        "kernel.fused_embedding_lookup(torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8))\n"
+    )
+    result = run(script, METAL_EMULATOR_SIMD_WIDTH="64")
+    assert (
+        "RuntimeError: fused_embedding_lookup failed: simdgroups of this GPU have 64 threads, not 32"
     ) in result.stderr
 
 
@@ -244,20 +306,27 @@ def test_time_and_workspace_are_linear(kernel, variant_dir):
 
 # Of each shader with vectors, how many it loads in a row before it computes with the first, at the
 # places where it loads the most.
-BATCHES = {"lookup_forward": [6, 3], "lookup_copy": [3], "lookup_backward_pieces": [8]}
-BATCHES["lookup_backward_rows"] = [8, 8]  # of partials and of entries
+BATCHES = {
+    "lookup_forward": [6, 3],
+    "lookup_copy": [3],
+    "lookup_backward_pieces": [8],
+    "lookup_backward_rows": [8, 8],  # of partials and of entries
+    "scale_pixels": [4],
+    "vision_interpolation": [],  # has no vectors
+}
 
 
 def compile_shaders(sources, folder):
     """clang's IR of the two files in `sources`, by way of `folder`."""
     stand_ins = ROOT / "tests/simt/metal"
     texts = []
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "interpolation", "scaling"):
         source, reflected = sources / f"{name}.metal", folder / f"{name}.cpp"
         compiler = ["clang++-19", "-D__METAL_VERSION__=400", f"-I{stand_ins}"]
         reflect = [sys.executable, stand_ins / "reflect.py", *compiler, "--", source, reflected]
         flags = "-std=c++17 -O2 -ffast-math -fno-exceptions -fno-vectorize -fno-slp-vectorize -w"
-        flags += " -DMETAL_ADDRESS_SPACES -S -emit-llvm -o -"
+        # All functions become part of the kernels, as Apple's compiler has it unless told otherwise.
+        flags += " -mllvm -inline-threshold=100000 -DMETAL_ADDRESS_SPACES -S -emit-llvm -o -"
         subprocess.run(reflect, check=True)
         command = [*compiler, f"-I{sources}", *flags.split(), reflected]
         texts.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -268,19 +337,26 @@ def inspect(ir):
     """What is wrong with the shaders, a line each."""
     wrong, seen = [], set()
     for symbol, body in re.findall(
-        r"^define.*?@(\w*lookup_\w+)\(.*?\{\n(.*?)^\}", ir, re.MULTILINE | re.DOTALL
+        r"^define.*?@(\w*(?:lookup|vision|scale)_\w+)\(.*?\{\n(.*?)^\}",
+        ir,
+        re.MULTILINE | re.DOTALL,
     ):
         if "alloca" in body:
             wrong.append(f"{symbol} keeps an array in memory")
         if re.search("[us](div|rem) i64", body):
             wrong.append(f"{symbol} divides 64-bit integers")
-        name = re.search(r"lookup_(forward|copy|backward_[a-z]+)", symbol)[0]
+        name = re.search(
+            r"lookup_(forward|copy|backward_[a-z]+)|vision_interpolation|scale_pixels", symbol
+        )[0]
         if "Li4E" not in symbol:
             continue
         seen.add(name)
         blocks = re.split(r"^\S+:.*\n", body, flags=re.MULTILINE)
         before_sums = (re.split(r"= (?:fmul|fadd)", block)[0] for block in blocks)
         batches = sorted((block.count("= load <4 x") for block in before_sums), reverse=True)
+        # Where an id is found to be too large, it is in use.
+        if name == "lookup_forward" and body.index("atomic_fetch_add") < body.index("load <4 x"):
+            wrong.append(f"{symbol} uses the ids before the residual is requested")
         if batches[: len(BATCHES[name])] != BATCHES[name]:
             wrong.append(f"{symbol} loads {batches[:3]} vectors at once, not {BATCHES[name]}")
     return wrong + [f"there is no {name}" for name in BATCHES.keys() - seen]
@@ -288,8 +364,8 @@ def inspect(ir):
 
 @pytest.fixture(scope="module")
 def needs_clang():
-    if shutil.which("clang++-19") is None:
-        pytest.skip(NEEDS_CLANG)
+    if reason := why_not("metal-simt"):
+        pytest.skip(reason)
 
 
 def test_loads_of_a_batch_come_before_the_first_sum(needs_clang, tmp_path):
@@ -304,7 +380,16 @@ SLOW = {
         "backward.metal", "      values[i] = load<N>(columns + shuffle(", "      if (first + i < count) values[i] = load<N>(columns + shuffle(", "lookup_backward_rows.* vectors at once, not",
     ),
     "a sum comes between the loads": (
-        "forward.metal", "add_rows<2, N>(table, entries, k, columns, sums);", "{ add_rows<1, N>(table, entries, k, columns, sums); add_rows<1, N>(table, entries, k + 1, columns, sums); }", "lookup_forward.* vectors at once, not",
+        "forward.metal", "add_rows<2, N>(lookup, table, entries, k, first, lane, sums);", "add_rows<1, N>(lookup, table, entries, k, first, lane, sums); add_rows<1, N>(lookup, table, entries, k + 1, first, lane, sums);", "lookup_forward.* vectors at once, not",
+    ),
+    "the residual waits for the ids": (
+        "forward.metal", "    load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);\n    entries.resolve(lookup, params, pads, token, lane, errors);\n", "    entries.resolve(lookup, params, pads, token, lane, errors);\n    load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);\n", "lookup_forward.* before the residual is requested",
+    ),
+    "pixels are loaded where they are stored": (
+        "scaling.metal", "    simdgroup_barrier(mem_flags::mem_none);\n", "", "scale_pixels.* vectors at once, not",
+    ),
+    "taps stay in a loop": (
+        "interpolation.metal", "      UNROLL for (int i = 0; i < kTaps; ++i) {\n", "      _Pragma(\"clang loop unroll(disable)\") for (int i = 0; i < kTaps; ++i) {\n", "vision_interpolation.* keeps an array in memory",
     ),
     "a 64-bit division": (
         "backward.metal", "const uint token = entry / lookup.num_entries;", "const uint token = static_cast<uint>(static_cast<uint64_t>(entry) / static_cast<uint64_t>(lookup.num_rows));", "divides 64-bit integers",

@@ -75,6 +75,9 @@ BACKWARD, FORWARD, COMMON = (
 METAL_BACKWARD, METAL_FORWARD, METAL_COMMON, LAUNCH = (
     f"csrc/metal/{name}" for name in ("backward.metal", "forward.metal", "common.h", "launch.mm")
 )
+METAL_INTERPOLATION, METAL_SCALING = (
+    f"csrc/metal/{name}.metal" for name in ("interpolation", "scaling")
+)
 BROKEN = {
     "a barrier of the sort is missing": (
         BACKWARD, "    __syncthreads();\n    if (threadIdx.x < kDigits) {", "    if (threadIdx.x < kDigits) {", "a race: .* shared memory",
@@ -185,7 +188,7 @@ BROKEN = {
         METAL_BACKWARD, "device const ushort* order [[", "const ushort* order [[", "lookup_backward_pieces: buffer can't be a `const ushort\\*`",
     ),
     "Metal: a function's parameter lacks its address space": (
-        METAL_FORWARD, "thread float (&sums)[kVectors][N]", "float (&sums)[kVectors][N]", "add_rows: `float .&sums..* has no address space",
+        METAL_FORWARD, "thread float (&sums)[kUnroll][N]", "float (&sums)[kUnroll][N]", "add_rows: `float .&sums..* has no address space",
     ),
     "Metal: an attribute has another type": (
         METAL_BACKWARD, "uint tile_part [[threadgroup_position_in_grid]]", "float tile_part [[threadgroup_position_in_grid]]", "threadgroup_position_in_grid can't be a `float`",
@@ -194,7 +197,7 @@ BROKEN = {
         METAL_BACKWARD, '"lookup_backward_pieces_" #a "_" #n', '"lookup_backward_pieces_" #n "_" #a', "has the host name lookup_backward_pieces_1_float",
     ),
     "Metal: arguments are written": (
-        METAL_FORWARD, "  const bool has_residual =", "  lookup.num_columns = 8;\n  const bool has_residual =", "no viable|not assignable|const-qualified",
+        METAL_FORWARD, "    const bool has_rows =", "    lookup.num_columns = 8;\n    const bool has_rows =", "no viable|not assignable|const-qualified",
     ),
     "Metal: a constant lacks its address space": (
         METAL_COMMON, "constant constexpr int64_t kNoRow", "constexpr int64_t kNoRow", "must be in the constant address space",
@@ -218,16 +221,43 @@ BROKEN = {
         METAL_BACKWARD, "    if (i >= num_entries) continue;\n", "", "outside of (writable|its) memory",
     ),
     "Metal: columns past the last": (
-        METAL_FORWARD, "* N < lookup.num_columns) {\n          store(out", "* N < lookup.num_columns + N) {\n          store(out", "a race: .* wrote|outside of writable memory",
+        METAL_FORWARD, "* N < lookup.num_columns;", "* N < lookup.num_columns + N;", "a race: .* wrote|outside of writable memory",
     ),
     "Metal: pieces are added twice": (
         METAL_BACKWARD, "sums[n] += first + i < count ? term : 0.0f;", "sums[n] += term;", "gradient differs",
     ),
     "Metal: equal addends change places": (
-        METAL_BACKWARD, "key + (list & 1));", "key);", "outside of (writable|its) memory|a race|gradient differs",
+        METAL_BACKWARD, "row + (list & 1));", "row);", "outside of (writable|its) memory|a race|gradient differs",
     ),
     "Metal: too large an id is an address": (
-        METAL_COMMON, "    report_id(errors, lookup, id, k, token);\n    return kNoRow;\n", "    report_id(errors, lookup, id, k, token);\n", "outside of its memory",
+        METAL_COMMON, "    report_id(errors, lookup.num_rows, id, k, token);\n    return kNoRow;\n", "    report_id(errors, lookup.num_rows, id, k, token);\n", "outside of its memory",
+    ),
+    "Metal: too large an id is silent": (
+        METAL_COMMON, "    report_id(errors, lookup.num_rows, id, k, token);\n", "", "no error",
+    ),
+    "Metal: addends of two kinds are taken for one": (
+        METAL_BACKWARD, "of_row & (are_partials ? partials : ~partials);", "of_row;", "outside of (writable|its) memory|gradient differs",
+    ),
+    "Metal: the pieces are added up twice": (
+        LAUNCH, "      backward.sum_pieces(width);\n", "      backward.sum_pieces(width);\n      backward.sum_pieces(width);\n", "reads the gradient too often",
+    ),
+    "Metal: the patch after the image's last": (
+        METAL_INTERPOLATION, "if (patch < first + patches) {", "if (patch <= first + patches) {", "patches differ|outside of writable memory",
+    ),
+    "Metal: the wrong number of patches is silent": (
+        METAL_INTERPOLATION, "if (!has_patch && first != params.num_patches)", "if (first > params.num_patches)", "no error",
+    ),
+    "Metal: nothing to bind": (
+        LAUNCH, "  if (!stand_in.present()) return;", "  if (false) return;", "what is bound as buffer .* is no buffer",
+    ),
+    "Metal: pixels are rounded once": (
+        METAL_SCALING, "const Pixel centred = static_cast<Pixel>(", "const float centred = (", "pixels differ",
+    ),
+    "Metal: pixels past the last are read": (
+        METAL_SCALING, "vector < params.num_vectors ? vector : params.num_vectors - 1", "vector", "outside of its memory",
+    ),
+    "Metal: pixels past the last are written": (
+        METAL_SCALING, "if (vector < params.num_vectors) store", "store", "outside of writable memory",
     ),
     "Metal: an offset overflows": (
         METAL_COMMON, "activation += index * lookup.activation_strides[dim];", "activation += static_cast<int32_t>(index * lookup.activation_strides[dim]);", "outside of its memory",
@@ -263,7 +293,13 @@ BROKEN = {
         LAUNCH, "  const std::lock_guard<std::mutex> lock(mutex);\n  id<MTLComputePipelineState>& pipeline", "  id<MTLComputePipelineState>& pipeline", "is made twice",
     ),
     "Metal: a pipeline is released too early": (
-        LAUNCH, "  if (pipeline == nil) fail(\"no pipeline", "  [pipeline release];\n  if (pipeline == nil) fail(\"no pipeline", "an object is used after its last release",
+        LAUNCH, "  if (made == nil) fail(\"no pipeline", "  [made release];\n  if (made == nil) fail(\"no pipeline", "an object is used after its last release",
+    ),
+    "Metal: a buffer is let go before the dispatch": (
+        LAUNCH, "encoder_.bind(metal::kStarts, input(workspace_.starts));\n    encoder_.dispatch(params_.total_rows);", "encoder_.bind(metal::kStarts, input(allocate(\"\", {params_.total_rows}, ScalarType::Int, workspace_.starts.device())));\n    encoder_.dispatch(params_.total_rows);", "is no buffer any more",
+    ),
+    "Metal: a buffer is bound after it was let go": (
+        LAUNCH, "encoder_.bind(metal::kStarts, input(workspace_.starts));\n    encoder_.dispatch(params_.total_rows);", "const Operand old = input(allocate(\"\", {params_.total_rows}, ScalarType::Int, workspace_.starts.device()));\n    encoder_.bind(metal::kStarts, old);\n    encoder_.dispatch(params_.total_rows);", "what is bound as buffer .* is no buffer",
     ),
     "Metal: the host reads what is not there yet": (
         LAUNCH, "encoder_.dispatch(params_.total_rows);", "encoder_.dispatch(*static_cast<const int32_t*>(workspace_.starts.const_data_ptr()) == 0 ? 1 : params_.total_rows);", "gradient differs",
@@ -391,6 +427,32 @@ if sys.argv[2] == "metal":
     emulator = ctypes.CDLL(extension)
     kernel.fused_embedding_lookup(ids[:10], table)  # 9 is too large
     assert emulator.metal_synchronize() != 0, "no error"
+
+    ids, _, padding, residual = problem(72, torch.float32)
+    log = []
+    with count_traffic(extension.parent, log):
+        kernel.op.ops.backward(residual, ids, None, padding, None, 64, False, torch.float32)
+    read = [one[residual.data_ptr()].read_once for one in log if residual.data_ptr() in one]
+    assert sum(read) <= 1.1 * residual.nbytes, "reads the gradient too often"
+    ids = torch.arange(10)[:, None]
+
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    interpolate = kernel.vision_interpolation_indices_and_weights
+    grid = torch.tensor([[1, 4, 6], [2, 12, 10]])
+    for mode in ("bilinear", "bicubic"):
+        actual = interpolate(grid, 16, num_patches=264, mode=mode)
+        expected = get_vision_interpolation_indices_and_weights(grid, 16, mode=mode)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected)), "patches differ"
+        assert emulator.metal_synchronize() == 0
+    interpolate(grid, 16, num_patches=265)
+    assert emulator.metal_synchronize() != 0, "no error"
+    for images in (grid[:0], grid * 0):
+        assert interpolate(images, 16, num_patches=0)[0].shape == (0, 4)
+
+    for pixels in (torch.rand(6143), torch.rand(6140).bfloat16()):
+        actual = kernel.scale_pixels(pixels, torch.float16)
+        assert torch.equal(actual, (2 * (pixels - 0.5)).half()), "pixels differ"
     emulator.metal_set_max_threads(224)
     torch.use_deterministic_algorithms(True)
     check(*step(kernel, 0))

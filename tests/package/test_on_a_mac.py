@@ -30,6 +30,7 @@ def test_it_writes_what_the_report_reads(variant, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.glob("mac_*.json")
     rows = json.loads(path.read_text())
+    assert all(row["failures"] == [] for row in rows)
     assert [(row["problem"], row["direction"]) for row in rows] == [
         (problem, direction)
         for problem in ("image grids", "random ids", "one id", "interpolated")
@@ -73,31 +74,89 @@ def test_it_notices(kernel):
             script.check_gradient(spoilt(other_gradients), *problem)
     with pytest.raises(AssertionError, match="a copied row has other bits"):
         script.check_copy(spoilt(lambda out: out * 2), torch.bfloat16)
-    script.check_error(kernel, "cpu")
-    silent = SimpleNamespace(fused_embedding_lookup=lambda ids, table: None)
-    with pytest.raises(AssertionError, match="an id out of range: no error"):
-        script.check_error(silent, "cpu")
+    script.check_errors(kernel, "cpu")
+    for silent in ("fused_embedding_lookup", "vision_interpolation_indices_and_weights"):
+        ops = {name: getattr(kernel, name) for name in kernel.__all__} | {
+            silent: lambda *_, **__: 0
+        }
+        with pytest.raises(AssertionError, match="where an error was to say .*: no error"):
+            script.check_errors(SimpleNamespace(**ops), "cpu")
 
 
+@pytest.mark.variant("cpu")
+def test_it_notices_in_the_other_ops(kernel):
+    script = load(SCRIPT)
+
+    def interpolate(*arguments, **options):
+        ids, weights = kernel.vision_interpolation_indices_and_weights(*arguments, **options)
+        return ids, weights * (1 + 1e-6)
+
+    off = SimpleNamespace(
+        vision_interpolation_indices_and_weights=interpolate,
+        scale_pixels=lambda pixels, dtype: ((pixels.double() - 0.5) * 2).to(dtype),
+    )
+    script.check_interpolation(kernel, "bicubic", True, "zeros")
+    with pytest.raises(AssertionError, match="side 48: [0-9]+ of .* weights differ"):
+        script.check_interpolation(off, "bicubic", True, "zeros")
+    script.check_pixels(kernel, torch.bfloat16, torch.float16)
+    with pytest.raises(AssertionError, match="torch.bfloat16 to torch.float16, differ"):
+        script.check_pixels(off, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.variant("cpu")
+def test_a_failure_does_not_end_it(kernel, monkeypatch, tmp_path, capsys):
+    """All are in the JSON, beside the times, and the status says so."""
+    script = load(SCRIPT)
+
+    def check_output(kernel, name, arguments):
+        raise AssertionError(f"{name}: differs")
+
+    def check_errors(kernel, device):
+        raise RuntimeError("the op itself failed")
+
+    monkeypatch.setattr(script, "check_output", check_output)
+    monkeypatch.setattr(script, "check_errors", check_errors)
+    arguments = ["--here", "--device", "cpu", "--results", str(tmp_path), *SMALL]
+    monkeypatch.setattr(sys, "argv", ["on_a_mac.py", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        script.main()
+    (path,) = tmp_path.glob("mac_*.json")
+    rows = json.loads(path.read_text())
+    assert len(rows) == 8 and all("median_ms" in row for row in rows)
+    failures = rows[0]["failures"]
+    assert len(failures) == 3 * 3 * 4 + 1 and failures == rows[-1]["failures"]
+    assert failures[0] == "check_output: AssertionError: image grids, torch.float32, H=768: differs"
+    assert failures[-1] == "check_errors: RuntimeError: the op itself failed"
+    assert failures[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [0, 1])
 @pytest.mark.parametrize("built", [False, True])
-def test_an_environment_for_each_version_that_the_builder_makes(tmp_path, monkeypatch, built):
+def test_an_environment_for_each_version_that_the_builder_makes(
+    tmp_path, monkeypatch, built, status
+):
     """Which commands, in which order: none of them can run here."""
     commands = []
     script = load(SCRIPT)
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["on_a_mac.py", "--rounds", "3"])
-    monkeypatch.setattr(
-        script.subprocess, "run", lambda command, **_: commands.append(list(map(str, command)))
-    )
+
+    def fake_run(command, **_):
+        commands.append(list(map(str, command)))
+        return SimpleNamespace(returncode=status if "2.12.0" in str(command[0]) else 0)
+
+    monkeypatch.setattr(script.subprocess, "run", fake_run)
     if built:
         (tmp_path / "build" / "torch212-metal-aarch64-darwin").mkdir(parents=True)
-    script.main()
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == status
     expected = [] if built else [["kernel-builder", "build-and-copy"]]
     for version in ("2.12.0", "2.13.0"):
         python = f"{tmp_path}/.build/mac/{version}/bin/python"
         expected += [
             [sys.executable, "-m", "venv", f"{tmp_path}/.build/mac/{version}"],
-            [python, "-m", "pip", "install", f"torch=={version}", "kernels==0.17.2", "numpy"],
+            [python, "-m", "pip", "install", f"torch=={version}", *script.REQUIREMENTS],
             [python, str(SCRIPT), "--here", "--rounds", "3"],
         ]
     assert commands == expected

@@ -17,6 +17,8 @@ WANTED = ["torch==2.12.0", "torch"]
 
 def main():
     for requirement in WANTED:
+        if (FOLDER / requirement.removeprefix("torch==")).exists():
+            continue
         with tempfile.TemporaryDirectory() as folder:
             flags = (
                 "--no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.12"
