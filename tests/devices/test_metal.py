@@ -213,7 +213,7 @@ def test_the_workspace(kernel, dry_run, tokens, entries, hidden, bytes_per_token
     it takes that ids which are all the same make a partial a tile."""
     grad = torch.empty(1, hidden, dtype=torch.bfloat16).expand(tokens, hidden)
     ids = torch.zeros(tokens, entries, dtype=torch.int64)
-    total, result = total_allocated(
+    result, total = total_allocated(
         lambda: kernel.op.ops.backward(grad, ids, None, None, None, 9, False, torch.bfloat16)
     )
     assert total - result.nbytes <= 1.02 * (bytes_per_token * tokens + 19 * ids.numel())
