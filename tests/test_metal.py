@@ -14,7 +14,6 @@ import torch
 
 import reference
 from conftest import ROOT, why_not
-from test_memory import allocated
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import count_traffic
@@ -211,6 +210,8 @@ def test_runs_of_every_length(kernel, entries):
 def test_the_workspace(kernel, dry_run, tokens, entries, hidden, bytes_per_token):
     """Of which no page is touched: an eighth of a float32 row a token, up to 22 entries. With more, what
     it takes that ids which are all the same make a partial a tile."""
+    from test_memory import allocated  # and accelerate, which takes seconds
+
     grad = torch.empty(1, hidden, dtype=torch.bfloat16).expand(tokens, hidden)
     ids = torch.zeros(tokens, entries, dtype=torch.int64)
     total, result = allocated(
