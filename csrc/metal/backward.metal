@@ -306,7 +306,7 @@ template <typename Grad, int N>
     for (uint block = simdgroup * kSimdWidth * N; block < lookup.num_columns;
          block += simdgroups * kSimdWidth * N) {
       const uint column = min(block + lane * N, lookup.num_columns - N);
-      float sums[N] = {};
+      float sums[N] = {0};
       for (uint first = 0; first < length; first += kSimdWidth) {
         const uint position = begin + min(first + lane, length - 1);
         const EntryGrad entry = locate(
@@ -362,7 +362,7 @@ template <typename Grad, typename Table, int N>
     for (uint block = simdgroup * kSimdWidth * N; block < lookup.num_columns;
          block += simdgroups * kSimdWidth * N) {
       const uint column = min(block + lane * N, lookup.num_columns - N);
-      float sums[N] = {};
+      float sums[N] = {0};
       bool more = start != 0;
       for (uint position = start - 1; more;) {
         const Addends next =

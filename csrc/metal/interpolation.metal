@@ -1,8 +1,9 @@
 // The second op: ids and weights of image patches, see vision_interpolation.h.
 //
-// One thread a patch, and one thread more. Each walks the images up to the one that has its patch.
-// The one more has no patch; it walks all images and sees that there are as many patches as the
-// caller said.
+//   vision_interpolation   a thread owns a patch, threadgroups and simdgroups nothing besides. It
+//                          walks the images up to the one that has its patch. One thread more has
+//                          none: it walks all images and sees that there are as many patches as the
+//                          caller said.
 
 #include "common.h"
 

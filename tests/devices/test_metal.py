@@ -408,6 +408,34 @@ def test_slow_sources_are_noticed(needs_clang, tmp_path, path, old, new, message
 
 
 # ---------------------------------------------------------------------------------------------
+# What Apple's compiler is known to take.
+
+CONSTRUCTS = re.compile(
+    r"\[\[(\w+)|(_?[Pp]ragma\b.*)|\b(simd_\w+|\w+_barrier|mem_flags::\w+|atomic_\w+|memory_order_\w+"
+    r"|as_type|popcount|precise::\w+)"
+)
+
+
+def unlisted_constructs(sources, page):
+    """Attributes, pragmas and functions of Metal's library that the page's table doesn't have."""
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    listed = "\n".join(rows)
+    shaders = [path.read_text() for path in sources.iterdir() if path.suffix in (".h", ".metal")]
+    code = re.sub("//.*", "", "\n".join(shaders))
+    used = {"".join(groups) for groups in CONSTRUCTS.findall(code)}
+    return sorted(construct for construct in used if construct not in listed)
+
+
+def test_every_construct_was_found_in_a_shader_that_compiles(tmp_path):
+    page = (ROOT / "docs" / "metal.md").read_text()
+    assert unlisted_constructs(ROOT / "csrc/metal", page) == []
+    foreign = "#pragma unroll\nuint x [[thread_position_in_grid]]; simd_sum(x); ctz(x);"
+    (tmp_path / "foreign.metal").write_text(foreign)
+    expected = ["pragma unroll", "simd_sum", "thread_position_in_grid"]
+    assert unlisted_constructs(tmp_path, page) == expected
+
+
+# ---------------------------------------------------------------------------------------------
 # PyTorch's own headers for macOS.
 
 
@@ -415,7 +443,7 @@ def check_syntax(launcher, torch_version):
     """What clang has to say of a launch.mm against the headers of a version. The frameworks are stand-ins."""
     stand_ins = ROOT / "tests/simt/metal"
     include = ROOT / f".build/macos-torch/{torch_version}/torch/include"
-    standard = "c++20" if tuple(map(int, torch_version.split(".")[:2])) >= (2, 15) else "c++17"
+    standard = "c++20" if tuple(map(int, torch_version.split(".")[:2])) >= (2, 14) else "c++17"
     (objc,) = {str(path) for path in sorted(Path("/usr/lib/gcc").glob("*/*/include/objc"))[-1:]}
     flags = (
         f"-std={standard} -fsyntax-only -x objective-c++ -fblocks -fobjc-runtime=gcc -Wall -Wextra"

@@ -10,8 +10,9 @@ from ._ops import ops
 
 def ensure_registered(arguments) -> None:
     """Teach DTensor the op, before its first call with one; importing DTensor takes most of a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(x, module.DTensor) for x in arguments):
+    # While another thread imports the module, it is there and has no DTensor yet.
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if dtensor is not None and any(isinstance(x, dtensor) for x in arguments):
         _register()
 
 
