@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-import patched as patching
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu
+from vision_towers import patched as patching
 
 LAYER = "Gemma4VisionPatchEmbedder"
 QWEN_LAYER = "VisionInterpolatedPositionEmbedding"
