@@ -90,6 +90,19 @@ def test_towers_with_modules_of_their_own(swap_in, name, dtype):
     assert assert_same_step(original, swap_in(original), arguments) == 1
 
 
+@pytest.mark.parametrize("version", ["5.23.1", "5.24.0", "5.25.0.dev0", "6.0.0"])
+def test_muse_glimmer_of_each_version(swap_in, monkeypatch, version):
+    """From 5.24 on it looks its position embeddings up as if height and width were exchanged."""
+    original = build("muse_glimmer").patch_embedder
+    ours = swap_in(nn.Sequential(original))[0]
+    arguments = inputs("muse_glimmer", GRID)
+    grid = arguments.pop("grid_thw")
+    looked_up = grid if version < "5.24" else grid[:, [0, 2, 1]]
+    expected = original(**arguments, grid_thw=looked_up)
+    monkeypatch.setattr("transformers.__version__", version)
+    assert torch.equal(ours(**arguments, grid_thw=grid), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_kimi(swap_in, grid, dtype):
