@@ -1,5 +1,5 @@
 # make build  the variants that this machine can run, into build/: what the others begin with
-# make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
+# make demo   the kernel in the vision towers of Gemma 4 and Qwen3-VL, on real photos (ARGS="--plot demo.png photo.jpg")
 # make quick  formatting, and the tests that catch most, in a minute; incremental
 # make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
 # make check  all that is tested, with what only maintainers need: see the end of `make test`
@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
 
 demo: build
-	$(RUN) examples/gemma4_vision.py $(ARGS)
+	$(RUN) examples/photos.py $(ARGS)
 
 quick: build lint
 	$(PYTEST) -m kernels_ci $(ARGS)

@@ -121,8 +121,8 @@ class Clock:
 @torch.no_grad()
 def measure_tower(kernel, args, patches, dtype):
     """On the CPU: the step lies between the patch projection and the rotary embedding, and in the function."""
-    sys.path.append(str(measure.ROOT / "tests"))
-    from helpers import patched
+    sys.path.append(str(measure.ROOT / "upstream"))
+    import patched
 
     tower = modeling_qwen3_vl.Qwen3VLVisionModel
     original = tower(tower.config_class()).to(measure.DTYPES[dtype]).eval()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from helpers import reference
+from helpers.profiled import on_the_gpu
 
 pytestmark = pytest.mark.variant("cuda")
 
@@ -27,15 +27,33 @@ def step(kernel, ids, table, padding, residual, grad):
     return out, torch.autograd.grad(out, table, grad)[0]
 
 
-def on_the_gpu(function):
-    """The names of the kernels, copies and fills that `function` runs on the GPU."""
-    function()  # what is loaded or allocated once
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+@pytest.fixture
+def others(kernel, variant_dir, monkeypatch):
+    """Calls of the other two ops and of a tower's layer, by name, and the tensors that they take."""
+    import vision_towers  # transformers' models, which take seconds
+
+    vision_towers.undo(monkeypatch.setattr)
+    tower = vision_towers.swap(vision_towers.build("qwen3_vl"), variant_dir)
+    grid = torch.tensor([[1, 32, 48], [2, 10, 14]])
+    pixels = torch.rand(4, 2520, 768)
+    hidden_states = torch.randn(1816, 32)
+
+    def indices_and_weights():
+        return kernel.vision_interpolation_indices_and_weights(grid, 48, num_patches=1816)
+
+    def layer():
+        with torch.no_grad():
+            return (tower.add_pos_embed(hidden_states, tower.pos_embed, grid),)
+
+    calls = {
+        "indices and weights": indices_and_weights,
+        "pixels": lambda: (kernel.scale_pixels(pixels, torch.bfloat16),),
+        "layer": layer,
+    }
+    return calls, (grid, pixels, hidden_states)
+
+
+OTHERS = {"indices and weights": 1, "pixels": 1, "layer": 2}  # launches
 
 
 @pytest.mark.parametrize("batch", [1, 40])
@@ -50,6 +68,13 @@ def test_launches(kernel, batch):
     out = forward()
     names = on_the_gpu(lambda: torch.autograd.grad(out, table, grad, retain_graph=True))
     assert len(names) == 5, names
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_launches_of_the_others(others, name):
+    calls, _ = others
+    names = on_the_gpu(calls[name])
+    assert len(names) == OTHERS[name], names
 
 
 def test_backward_is_deterministic(kernel):
@@ -88,19 +113,38 @@ def test_side_stream(kernel):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
-def test_no_synchronisation(kernel):
+def assert_no_synchronisation(call):
     """PyTorch would raise at a synchronising call of its own, and the host is done before the GPU."""
-    arguments = problem()
-    step(kernel, *arguments)
+    call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(500_000_000)
         busy = torch.cuda.current_stream().record_event()
-        step(kernel, *arguments)
+        call()
         assert not busy.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_synchronisation(kernel):
+    arguments = problem()
+    assert_no_synchronisation(lambda: step(kernel, *arguments))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_synchronisation_of_the_others(others, name):
+    calls, _ = others
+    assert_no_synchronisation(calls[name])
+
+
+def test_transformers_synchronises(variant):
+    """So that the tests above can fail."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    grid = torch.tensor([[1, 32, 48]])
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        assert_no_synchronisation(lambda: get_vision_interpolation_indices_and_weights(grid, 48))
 
 
 def test_graph(kernel):
@@ -118,6 +162,24 @@ def test_graph(kernel):
         graph.replay()
         expected = step(kernel, ids, table, padding, residual, grad)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_graph_of_the_others(others, name):
+    """Captured once, replayed with other values and with grids of as many patches."""
+    calls, (grid, pixels, hidden_states) = others
+    calls[name]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = calls[name]()
+    for grids in ([[2, 10, 14], [1, 32, 48]], [[1, 4, 454], [0, 2, 2]]):
+        grid.copy_(torch.tensor(grids))
+        pixels.uniform_()
+        hidden_states.normal_()
+        graph.replay()
+        for replayed, expected in zip(captured, calls[name](), strict=True):
+            assert torch.equal(replayed, expected)
 
 
 def test_first_call_in_a_capture(kernel):
@@ -140,6 +202,17 @@ def test_two_devices_are_refused(kernel, argument):
     arguments[argument] = arguments[argument].cpu()
     with pytest.raises(ValueError, match=f"{argument} must be on the device of position_ids"):
         kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
+
+
+def test_a_grid_on_another_device_is_refused(kernel, variant_dir, monkeypatch):
+    import vision_towers
+
+    vision_towers.undo(monkeypatch.setattr)
+    tower = vision_towers.swap(vision_towers.build("qwen3_vl"), variant_dir)
+    with pytest.raises(ValueError, match="on the device of hidden_states, cuda:0, got cpu"):
+        tower.add_pos_embed(
+            torch.randn(4, 32), tower.pos_embed, torch.tensor([[1, 2, 2]], device="cpu")
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,12 +1,15 @@
 """Tiny random vision towers of transformers' own classes, and our layers in them."""
 
 import importlib
+import sys
+from pathlib import Path
 
 import kernels
 import torch
 from torch import nn
 
-from helpers import patched
+sys.path.append(str(Path(__file__).resolve().parents[2] / "upstream"))
+import patched
 
 LAYER = "VisionInterpolatedPositionEmbedding"
 QWEN = {
@@ -72,9 +75,10 @@ def inputs(name, grid, dtype=torch.float32):
     """Arguments of the tower's forward."""
     grid = torch.tensor(grid)
     patches = int(grid.prod(1).sum())
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)  # the same numbers on every device
     shape = {"paddleocr_vl": (1, patches, 3, 4, 4), "kimi_k25": (patches, 3, 4, 4)}
-    pixels = torch.randn(shape.get(name, (patches, 2 * 3 * 4 * 4)), generator=generator)
+    shape = shape.get(name, (patches, 2 * 3 * 4 * 4))
+    pixels = torch.randn(shape, generator=generator, device="cpu").to(grid.device)
     return {
         ("hidden_states" if name in patched.TOWERS else "pixel_values"): pixels.to(dtype),
         "grid_thw": grid,

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -10,20 +11,40 @@ import sys
 import pytest
 
 from conftest import REPO_ID, ROOT, needs_torch_for_cpu
-from helpers import patched as patching
+from helpers.vision_towers import patched as patching
 
 LAYER = "Gemma4VisionPatchEmbedder"
 QWEN_LAYER = "VisionInterpolatedPositionEmbedding"
+CHANGES = ROOT / "tools" / "upstream_changes.py"
 
 
 def test_a_change_upstream_is_noticed():
     """By tools/upstream_changes.py: what runs counts, and what is written about it doesn't."""
-    code = runpy.run_path(ROOT / "tools" / "upstream_changes.py")["code"]
-    before = 'class A:\n    """Said."""\n    def f(self):\n        return 1\nclass B: pass'
-    after = "class A:\n    def f(self):\n        # Said.\n        return (1)"
+    code = runpy.run_path(CHANGES)["code"]
+    before = 'class A:\n    """Said."""\n    def f(self, a):\n        return 1\nclass B: pass'
+    after = "class A:\n    def f(self, a: int):\n        # Said.\n        return (1)"
     assert code(before, "A") == code(after, "A") != []
     assert code(before, "A") != code(after.replace("1", "2"), "A")
     assert code(after, "B") == []
+    other_names = "def f():\n    import a as b\n    try: pass\n    except OSError as e: pass"
+    assert code(other_names, "f") != []
+
+
+@pytest.mark.variant("cpu")
+def test_changes_to_what_we_replace_are_looked_for(kernel):
+    """In every class that a layer stands for, and every one that the patch gives the layer to."""
+    replaced = runpy.run_path(CHANGES)["REPLACED"]
+    names = {name for names in replaced.values() for name in names}
+    layers = {name for name, value in vars(kernel.layers).items() if hasattr(value, "has_backward")}
+    assert QWEN_LAYER in layers
+    assert layers - {QWEN_LAYER} | {*patching.TOWERS.values()} <= names
+    rewritten = re.findall(
+        r"^\+\+\+ b/(\S+/modeling_\S+)", patching.QWEN_PATCH.read_text(), re.MULTILINE
+    )
+    assert {*rewritten} <= {*replaced}
+    for path, names in replaced.items():
+        tree = ast.parse((patching.INSTALLED.parent / path).read_text())
+        assert {*names} <= {getattr(node, "name", None) for node in tree.body}, path
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +84,46 @@ def test_towers_agree(patched):
         generated = class_of(patched, model, "modeling", f"{prefix}{QWEN_LAYER}")
         assert generated.replace(prefix, "Qwen3VL") == written
         assert "pos_embed(interp_indices)" not in class_of(patched, model, "modeling", tower)
+
+
+def forward_of(folder, model, kind, name):
+    """The source of the forward of a class in a model's file, without decorators and docstrings; None if it has none."""
+    tree = ast.parse(class_of(folder, model, kind, name))
+    found = [n for n in tree.body[0].body if getattr(n, "name", None) == "forward"]
+    if not found:
+        return None
+    body = found[0].body[ast.get_docstring(found[0]) is not None :]
+    return "\n".join(map(ast.unparse, body))
+
+
+@pytest.mark.parametrize("model", ["qwen3_vl", "qwen3_5"])
+def test_towers_forward_agrees(patched, model):
+    """The modular files' forward and what is made of it: in the model itself, and in those that inherit it."""
+    name = patching.TOWERS[model]
+    written = forward_of(patched, model, "modular", name)
+    assert "self.add_pos_embed(" in written
+    heirs = {
+        "qwen3_vl": ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "cohere_compass"],
+        "qwen3_5": ["qwen3_5", "qwen3_5_moe", "qwen4_exp"],
+    }
+    for heir in heirs[model]:
+        assert forward_of(patched, heir, "modeling", patching.TOWERS[heir]) == written, heir
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("paddleocr_vl", "PaddleOCRVisionEmbeddings"),
+        ("muse_glimmer", "MuseGlimmerVisionPatchEmbedder"),
+        ("muse_spark", "MuseSparkVisionPatchEmbedder"),
+        ("kimi_k25", "Kimi_K25VisionPositionEmbeddings"),
+    ],
+)
+def test_small_modules_agree(patched, model, name):
+    written, generated = (
+        forward_of(patched, model, kind, name) for kind in ("modular", "modeling")
+    )
+    assert written == generated and "num_patches=" in written
 
 
 SCRIPT = f"""

@@ -180,8 +180,8 @@ def test_faults(request, variant, kernel, fault):
         assert synchronize() is None  # one thread says it
 
 
-def test_nothing_waits_for_the_device(kernel):
-    """Under FakeTensorMode there are no values: whoever reads one, as a synchronisation would, fails."""
+def test_fake_tensors(kernel):
+    """The results' sizes need no value of a tensor. (What the launchers do is in test_launches.py.)"""
     with FakeTensorMode():
         grid = torch.empty(3, 3, dtype=torch.int64)
         ids, weights = kernel.vision_interpolation_indices_and_weights(

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.variant("cpu")
 
-DEMO = ROOT / "examples" / "gemma4_vision.py"
+DEMO = ROOT / "examples" / "photos.py"
 
 
 def run(*arguments):
@@ -23,9 +23,13 @@ def run(*arguments):
 def test_prints_its_own_lines(variant):
     result = run("--device", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
-    steps, found, rest = result.stdout.partition("\nOutputs of the tower are torch.equal: True\n")
-    assert found and "\nThe parts " in rest, result.stdout
+    first, *rest = result.stdout.split(": outputs are torch.equal: True\n")
+    steps, _, model = first.rpartition("\n\n")
+    assert model == "Gemma 4"
     assert all(line.endswith(" ...") or line[:2] == "  " for line in steps.splitlines()), steps
+    assert len(rest) == 2 and rest[0].endswith("\nQwen3-VL")
+    assert all("\nThe parts " in part and "\nPeak memory " in part for part in rest)
+    assert ".patch, which transformers needs for this tower ...\n" in rest[0]
 
 
 def test_a_photo_that_cannot_be_read(tmp_path):
@@ -62,8 +66,6 @@ def test_ctrl_c_ends_it_without_a_trace():
 def test_whether_the_parts_add_up_is_said(capsys, whole, verdict):
     """Parts of 10, 30 and 10 ms in every round; the whole varies by 5 ms either way."""
     rounds = [whole + 0.001 * (i % 11 - 5) for i in range(20)]
-    parts = {"scale": 0.01, "project": 0.03, "F.embedding": 0.01, "kernel": 0.01}
-    times = {name: [time] * 20 for name, time in parts.items()}
-    times |= {"whole, F.embedding": rounds, "whole, kernel": [0.050] * 20}
-    runpy.run_path(str(DEMO))["print_times"]("", times)
+    parts = {name: ([time] * 20,) * 2 for name, time in zip("abc", (0.01, 0.03, 0.01))}
+    runpy.run_path(str(DEMO))["print_times"]("", parts, (rounds, [0.050] * 20))
     assert verdict in capsys.readouterr().out

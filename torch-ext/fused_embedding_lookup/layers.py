@@ -308,8 +308,14 @@ class PaddleOCRVisionEmbeddings(nn.Module):
         return _add_embeddings(self, hidden_states, self.position_embedding, indices, weights)
 
 
+def _transposed(grid_thw: torch.Tensor) -> torch.Tensor:
+    """With which the table is read at (column, row)."""
+    frames, height, width = grid_thw.unbind(1)
+    return torch.stack((frames, width, height), dim=1)
+
+
 class MuseGlimmerVisionPatchEmbedder(nn.Module):
-    """`transformers`' class of this name."""
+    """`transformers`' class of this name, which reads the table at (column, row) since 5.24."""
 
     has_backward = True
     can_torch_compile = True
@@ -338,12 +344,15 @@ class MuseGlimmerVisionPatchEmbedder(nn.Module):
             ``[patches, hidden_size]``
         """
         hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        major, minor = sys.modules["transformers"].__version__.split(".")[:2]
+        if (int(major), int(minor)) >= (5, 24):
+            grid_thw = _transposed(grid_thw)
         indices, weights = _indices_and_weights(self, grid_thw, hidden_states, kwargs)
         return _add_embeddings(self, hidden_states, self.position_embedding_table, indices, weights)
 
 
 class MuseSparkVisionPatchEmbedder(nn.Module):
-    """`transformers`' class of this name: MuseGlimmer's, with the table read at (column, row)."""
+    """`transformers`' class of this name, which reads the table at (column, row)."""
 
     has_backward = True
     can_torch_compile = True
@@ -372,9 +381,7 @@ class MuseSparkVisionPatchEmbedder(nn.Module):
             ``[patches, hidden_size]``
         """
         hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        frames, height, width = grid_thw.unbind(1)
-        transposed = torch.stack((frames, width, height), dim=1)
-        indices, weights = _indices_and_weights(self, transposed, hidden_states, kwargs)
+        indices, weights = _indices_and_weights(self, _transposed(grid_thw), hidden_states, kwargs)
         return _add_embeddings(self, hidden_states, self.position_embedding_table, indices, weights)
 
 

@@ -1,4 +1,7 @@
-"""transformers' models with the patches of upstream/ applied, beside the installed ones."""
+"""transformers' models with the patches of this folder applied, beside the installed ones.
+
+For the tests and the demo, until transformers has the changes.
+"""
 
 import copy
 import functools
@@ -13,10 +16,14 @@ from pathlib import Path
 
 import transformers
 
+<<<<<<<< HEAD:tests/helpers/patched.py
 ROOT = Path(__file__).resolve().parent.parent.parent
+========
+HERE = Path(__file__).resolve().parent
+>>>>>>>> wip-fix19:upstream/patched.py
 INSTALLED = Path(transformers.__file__).parent
-GEMMA_PATCH = ROOT / "upstream" / "transformers-5.22.patch"
-QWEN_PATCH = ROOT / "upstream" / "qwen3_vl-transformers-5.22.patch"
+GEMMA_PATCH = HERE / "transformers-5.22.patch"
+QWEN_PATCH = HERE / "qwen3_vl-transformers-5.22.patch"
 
 # The classes that have the code inline, and get the module by the patch.
 TOWERS = {
@@ -47,7 +54,12 @@ def apply(patch, folder):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    if result.returncode != 0:
+        raise RuntimeError(
+            f"{patch.name} does not apply to transformers {transformers.__version__}:\n"
+            + result.stdout
+            + result.stderr
+        )
 
 
 @functools.cache
@@ -78,24 +90,19 @@ def modeling(model):
 
 
 def patch_tower(tower):
-    """What a tower would be if the patch were applied: same parameters, hooks and mode, another forward."""
+    """Make a tower what it would be if the patch were applied: another forward, and all else as it was."""
     model = type(tower).__module__.rpartition("modeling_")[2]
     classes = modeling(model)
-    tower = copy.deepcopy(tower)
     tower.__class__ = getattr(classes, TOWERS[model])
     prefix = TOWERS[model].rpartition("Vision")[0]
     embedding = getattr(classes, f"{prefix}VisionInterpolatedPositionEmbedding")
     tower.add_pos_embed = embedding(tower.config).train(tower.training)
-    return tower
 
 
 def patch_model(model):
     """A copy of a model in which every tower is patched."""
     model = copy.deepcopy(model)
-    for path, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if type(module).__name__ in TOWERS.values():
-            if not path:
-                return patch_tower(module)
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], patch_tower(module))
+            patch_tower(module)
     return model
