@@ -16,11 +16,7 @@ from pathlib import Path
 
 import transformers
 
-<<<<<<<< HEAD:tests/helpers/patched.py
-ROOT = Path(__file__).resolve().parent.parent.parent
-========
 HERE = Path(__file__).resolve().parent
->>>>>>>> wip-fix19:upstream/patched.py
 INSTALLED = Path(transformers.__file__).parent
 GEMMA_PATCH = HERE / "transformers-5.22.patch"
 QWEN_PATCH = HERE / "qwen3_vl-transformers-5.22.patch"
