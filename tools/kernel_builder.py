@@ -23,15 +23,6 @@ from build import CUDA_ARCHS, ROOT, Cpu, Cuda, Variant, digest, read_config
 
 OUTPUT = ROOT / ".build" / "kernel-builder"
 TEMPLATES = "kernel-builder/src/pyproject/templates"
-# What find_package(Torch) does in a CUDA build of torch.
-CUDA_PROJECT = """
-enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
-set(CUDA_FOUND TRUE)
-set(CUDA_VERSION ${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR})
-set(CMAKE_CUDA_ARCHITECTURES OFF)
-set(CMAKE_CUDA_FLAGS --expt-extended-lambda)
-"""
 
 
 def main():
@@ -59,9 +50,7 @@ def render(variant: Variant, source: Path):
     shutil.copytree(templates, source / "cmake")
     shutil.copytree(templates / "torch", source / "cmake", dirs_exist_ok=True)
     shutil.copy(templates / "torch" / "registration.h", source / "torch-ext")
-    (source / "cuda.cmake").write_text(CUDA_PROJECT)
-    metadata = json.dumps(variant.metadata())
-    (source / f"metadata-{variant.backend}.json").write_text(metadata)
+    (source / f"metadata-{variant.backend}.json").write_text(json.dumps(variant.metadata()))
 
     def values(name, section):
         flags = {f"{x}_flags": ";".join(section.get(f"{x}-flags", [])) for x in ("cxx", "cuda")}
@@ -93,7 +82,7 @@ def build(variant: Variant, source: Path):
         runtime = min(home.glob("lib*/libcudart.so.[0-9]*"))
         options |= {"CMAKE_CUDA_COMPILER": variant.nvcc, "CUDAToolkit_ROOT": home}
         options |= {"CUDA_CUDART": runtime, "CUDA_cudart_LIBRARY": runtime}
-        options |= {"CMAKE_PROJECT_INCLUDE": source / "cuda.cmake"}
+        options |= {"CMAKE_PROJECT_INCLUDE": Path(__file__).with_suffix(".cmake")}
         variables["LIBRARY_PATH"] = str(runtime.parent)
     arguments = ["-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items())]
     run = functools.partial(subprocess.run, cwd=source, check=True, env=variables)
