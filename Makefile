@@ -1,6 +1,9 @@
-# make demo   the kernel in the Gemma 4 vision tower, on real photos (ARGS="--plot demo.png photo.jpg")
+# make build  the variants that this machine can run, into build/: what the others begin with
+# make demo   the kernel in the vision towers of Gemma 4 and Qwen3-VL, on real photos (ARGS="--plot demo.png photo.jpg")
+# make quick  formatting, and the tests that catch most, in a minute; incremental
 # make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
 # make check  all that is tested, with what only maintainers need: see the end of `make test`
+# make simt   the GPUs' sources for the engine that runs them on a CPU (tests/simt)
 # make bench  the kernel against its peers, interleaved (ARGS="--json out.json"; --suite for all of the README's)
 # make scaling  how the cost grows with each size, and what a call costs
 # make step   what share of a vision forward and of a LoRA step the lookup is
@@ -13,7 +16,7 @@
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
+.PHONY: demo quick test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +28,10 @@ PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
 
 demo: build
-	$(RUN) examples/gemma4_vision.py $(ARGS)
+	$(RUN) examples/photos.py $(ARGS)
+
+quick: build lint
+	$(PYTEST) -m kernels_ci $(ARGS)
 
 test: build simt
 	$(PYTEST) -m "not check" $(ARGS)
@@ -65,7 +71,7 @@ asan: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_gemma4.py tests/test_cpu.py $(ARGS)
+	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" tests/op tests/models/test_gemma4.py tests/models/test_interpolated.py tests/devices/test_cpu.py $(ARGS)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

@@ -29,7 +29,12 @@ INTERPOLATION_FUNCTION float divide(float a, float b) { return __fdiv_rn(a, b); 
 INTERPOLATION_FUNCTION float add(float a, float b) { return a + b; }
 INTERPOLATION_FUNCTION float subtract(float a, float b) { return a - b; }
 INTERPOLATION_FUNCTION float multiply(float a, float b) { return a * b; }
+#if defined(__METAL_VERSION__)
+// Metal's own division need not be rounded correctly.
+INTERPOLATION_FUNCTION float divide(float a, float b) { return metal::precise::divide(a, b); }
+#else
 INTERPOLATION_FUNCTION float divide(float a, float b) { return a / b; }
+#endif
 #endif
 
 // How the learned grid, `side` rows of `side` embeddings, is resampled.
@@ -55,31 +60,31 @@ INTERPOLATION_FUNCTION bool is_negative(Frames frames) {
 INTERPOLATION_FUNCTION int64_t count_patches(Frames frames, int64_t limit) {
   if (frames.count == 0 || frames.height == 0 || frames.width == 0) return 0;
   if (frames.count > limit || frames.height > limit || frames.width > limit) return limit + 1;
-  const int64_t rows = frames.count * frames.height;
-  if (rows > limit || rows * frames.width > limit) return limit + 1;
-  return rows * frames.width;
+  const int64_t lines = frames.count * frames.height;
+  if (lines > limit || lines * frames.width > limit) return limit + 1;
+  return lines * frames.width;
 }
 
 // A patch's place in its frame.
 struct Patch {
-  int32_t row;
-  int32_t column;
+  int32_t y;
+  int32_t x;
 };
 
-// `index` counts the patches of a frame of `width` columns, block by block, each in raster order.
-// Where merge doesn't divide the height or the width, rows and columns past the frame appear, as
-// they do in transformers.
+// `index` counts the patches of a frame that is `width` of them wide, block by block, each in
+// raster order. Where merge doesn't divide the height or the width, places past the frame appear,
+// as they do in transformers.
 INTERPOLATION_FUNCTION Patch locate(int32_t index, int32_t width, int32_t merge) {
   const int32_t block = index / (merge * merge);
-  const int32_t blocks_per_row = width / merge;  // not zero: the launchers see to it
-  return {block / blocks_per_row * merge + index / merge % merge,
-          block % blocks_per_row * merge + index % merge};
+  const int32_t blocks_across = width / merge;  // not zero: the launchers see to it
+  return {block / blocks_across * merge + index / merge % merge,
+          block % blocks_across * merge + index % merge};
 }
 
-// One axis of a patch: the entries of the grid that it reads there, and how much each weighs.
+// One axis of a patch: where on the grid it reads there, and how much each of these weighs.
 template <int kTaps>
 struct Taps {
-  int64_t entry[kTaps];
+  int64_t index[kTaps];
   float weight[kTaps];
 };
 
@@ -99,16 +104,16 @@ INTERPOLATION_FUNCTION float tap_weight(float distance) {
   return add(multiply(curve, distance), 3.0f);
 }
 
-// `index` counts the patches along an axis of `size`.
+// `at` counts the patches along an axis of `size`.
 template <int kTaps>
-INTERPOLATION_FUNCTION Taps<kTaps> make_taps(Resampling grid, int32_t index, int32_t size) {
-  const float at = static_cast<float>(index);
+INTERPOLATION_FUNCTION Taps<kTaps> make_taps(Resampling grid, int32_t at, int32_t size) {
+  const float place = static_cast<float>(at);
   float source;
   if (grid.align_corners) {
     const int32_t steps = size > 2 ? size - 1 : 1;
-    source = divide(multiply(at, static_cast<float>(grid.side - 1)), static_cast<float>(steps));
+    source = divide(multiply(place, static_cast<float>(grid.side - 1)), static_cast<float>(steps));
   } else {
-    const float centre = multiply(add(at, 0.5f), static_cast<float>(grid.side));
+    const float centre = multiply(add(place, 0.5f), static_cast<float>(grid.side));
     source = subtract(divide(centre, static_cast<float>(size)), 0.5f);
   }
   int64_t floor = static_cast<int64_t>(source);
@@ -118,10 +123,10 @@ INTERPOLATION_FUNCTION Taps<kTaps> make_taps(Resampling grid, int32_t index, int
   Taps<kTaps> taps;
   for (int i = 0; i < kTaps; ++i) {
     const int offset = kTaps == 2 ? i : i - 1;
-    const int64_t entry = floor + offset;
-    const bool outside = entry < 0 || entry >= grid.side;
+    const int64_t index = floor + offset;
+    const bool outside = index < 0 || index >= grid.side;
     const float distance = subtract(fraction, static_cast<float>(offset));
-    taps.entry[i] = entry < 0 ? 0 : entry >= grid.side ? grid.side - 1 : entry;
+    taps.index[i] = index < 0 ? 0 : index >= grid.side ? grid.side - 1 : index;
     taps.weight[i] = tap_weight<kTaps>(distance < 0.0f ? -distance : distance);
     if (grid.zeros) taps.weight[i] = multiply(taps.weight[i], outside ? 0.0f : 1.0f);
   }
@@ -131,8 +136,8 @@ INTERPOLATION_FUNCTION Taps<kTaps> make_taps(Resampling grid, int32_t index, int
 // Both axes of the patch that `index` counts within its image.
 template <int kTaps>
 struct PatchTaps {
-  Taps<kTaps> rows;
-  Taps<kTaps> columns;
+  Taps<kTaps> vertical;
+  Taps<kTaps> horizontal;
 };
 
 template <int kTaps>
@@ -141,7 +146,7 @@ INTERPOLATION_FUNCTION PatchTaps<kTaps> make_patch_taps(Resampling grid, Frames 
   const auto height = static_cast<int32_t>(frames.height);
   const auto width = static_cast<int32_t>(frames.width);
   const Patch patch = locate(index % (height * width), width, grid.merge);
-  return {make_taps<kTaps>(grid, patch.row, height), make_taps<kTaps>(grid, patch.column, width)};
+  return {make_taps<kTaps>(grid, patch.y, height), make_taps<kTaps>(grid, patch.x, width)};
 }
 
 }  // namespace embedding_lookup

@@ -2,8 +2,8 @@
 // reads, and with what weights. ids and weights are what the lookup takes as position_ids and
 // weights, with T = 4 (bilinear) or 16 (bicubic) entries:
 //
-//   id[p, i * n + j]     = row_tap[i] * side + column_tap[j]
-//   weight[p, i * n + j] = row_weight[i] * column_weight[j],   n = 2 or 4
+//   id[p, i * n + j]     = vertical.index[i] * side + horizontal.index[j]
+//   weight[p, i * n + j] = vertical.weight[i] * horizontal.weight[j],   n = 2 or 4
 //
 // Patches are numbered through images, frames, blocks of merge x merge and the patches of a block.
 // What a tap is says interpolation_formula.h.
@@ -49,8 +49,8 @@ C10_HOST_DEVICE void interpolate_patch(const Resampling& resampling, const Frame
   const auto taps = make_patch_taps<kTaps>(resampling, frames, index);
   for (int i = 0; i < kTaps; ++i) {
     for (int j = 0; j < kTaps; ++j) {
-      ids[i * kTaps + j] = taps.rows.entry[i] * resampling.side + taps.columns.entry[j];
-      weights[i * kTaps + j] = multiply(taps.rows.weight[i], taps.columns.weight[j]);
+      ids[i * kTaps + j] = taps.vertical.index[i] * resampling.side + taps.horizontal.index[j];
+      weights[i * kTaps + j] = multiply(taps.vertical.weight[i], taps.horizontal.weight[j]);
     }
   }
 }

@@ -7,15 +7,19 @@ torch that it is built for, makes an environment in .build/mac/, checks there th
 
 - outputs have the bits of the eager code on the same device, and one looked-up row those of an index,
 - gradients have the same bits in five runs and are what sums in float64 round to,
-- an id out of range is an error when PyTorch next synchronises,
+- ids and weights of interpolated positions have the bits that transformers has on the CPU, and scaled
+  pixels those of the eager code on the same device,
+- an id out of range and a wrong num_patches are errors when PyTorch next synchronises,
 
 and times both directions against eager and against a copy of the bytes that must move. The result goes to
-benchmarks/results/mac_<chip>_<torch>.json, which `make report` makes a row for each measurement of.
+benchmarks/results/mac_<chip>_<torch>.json, which `make report` makes a row for each measurement of. What was
+not as it should be is printed and is in the JSON, under "failures"; then the exit status is 1.
 """
 
 import argparse
 import datetime
 import importlib
+import itertools
 import json
 import platform
 import re
@@ -27,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_VERSIONS = ["2.12.0", "2.13.0"]  # what the builder makes Metal variants for
-REQUIREMENTS = ["kernels==0.17.2", "numpy"]
+REQUIREMENTS = ["kernels==0.17.2", "numpy", "transformers==5.22.2"]
 
 
 def main():
@@ -44,21 +48,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
     args = parser.parse_args()
     if args.here:
-        verify_and_measure(args)
-        return
+        sys.exit(1 if verify_and_measure(args) else 0)
     if not list(ROOT.glob("build/torch*-metal-*")):
         subprocess.run(["kernel-builder", "build-and-copy"], cwd=ROOT, check=True)
+    failed = False
     for version in TORCH_VERSIONS:
         environment = ROOT / ".build" / "mac" / version
         python = environment / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         install = [python, "-m", "pip", "install", f"torch=={version}", *REQUIREMENTS]
         subprocess.run(install, check=True)
-        subprocess.run([python, __file__, "--here", *sys.argv[1:]], check=True)
+        here = subprocess.run([python, __file__, "--here", *sys.argv[1:]], check=False)
+        failed = failed or here.returncode != 0
+    sys.exit(1 if failed else 0)
 
 
 def verify_and_measure(args):
-    """Check everything, then time it and write the JSON. AssertionError if something is wrong."""
+    """Check everything, then time it and write the JSON. Returns what is wrong, a line each."""
     import kernels
     import torch
 
@@ -66,14 +72,7 @@ def verify_and_measure(args):
     kernel = kernels.get_local_kernel(args.kernel, backend=backend)
     importlib.import_module(f"{kernel.__name__}.reference")  # the eager code
     with torch.device(args.device):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for hidden in (768, 1152, 771):  # the last without vectors
-                for problem in problems(args, max(1, args.images // 5), hidden, dtype):
-                    check_output(kernel, *problem)
-                    check_gradient(kernel, *problem)
-            check_copy(kernel, dtype)
-            print(f"{dtype}: outputs and gradients are as they should be", flush=True)
-        check_error(kernel, args.device)
+        failures = verify(kernel, args)
         rows = [
             row
             for problem in problems(args, args.images, 768, torch.bfloat16)
@@ -91,11 +90,42 @@ def verify_and_measure(args):
         "torch": torch.__version__,
         "commit": run_for_text(["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]),
         "date": datetime.date.today().isoformat(),
+        "failures": failures,
     }
     name = re.sub(r"\W+", "-", f"{chip} {torch.__version__}".lower())
     path = args.results / f"mac_{name}.json"
     path.write_text(json.dumps([origin | row for row in rows], indent=2) + "\n")
-    print(f"All as it should be. Wrote {path}")
+    print(f"{len(failures)} failures. Wrote {path}")
+    return failures
+
+
+def verify(kernel, args):
+    """Run every check, whatever the ones before found. Returns what is wrong, a line each."""
+    import torch
+
+    failures = []
+
+    def run(check, *arguments):
+        try:
+            check(kernel, *arguments)
+        except Exception as error:  # noqa: BLE001  an op that fails is a finding like any other
+            failures.append(f"{check.__name__}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for hidden in (768, 1152, 771):  # the last without vectors
+            for name, arguments in problems(args, max(1, args.images // 5), hidden, dtype):
+                name = f"{name}, {dtype}, H={hidden}"
+                run(check_output, name, arguments)
+                run(check_gradient, name, arguments)
+        run(check_copy, dtype)
+        for out_dtype in (torch.float32, torch.float16, torch.bfloat16):
+            run(check_pixels, dtype, out_dtype)
+        print(f"{dtype}: checked", flush=True)
+    for options in itertools.product(("bilinear", "bicubic"), (False, True), ("border", "zeros")):
+        run(check_interpolation, *options)
+    run(check_errors, args.device)
+    return failures
 
 
 def run_for_text(command):
@@ -170,19 +200,64 @@ def check_copy(kernel, dtype):
     assert torch.equal(out.view(bits), table[0, ids[:, 0]]), "a copied row has other bits"
 
 
-def check_error(kernel, device):
+def check_interpolation(kernel, mode, align_corners, padding):
+    """The bits of the CPU: a GPU's division has to round as its does."""
+    import torch
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    options = {"mode": mode, "align_corners": align_corners, "padding": padding}
+    for side, merge in ((48, 2), (27, 1)):
+        with torch.device("cpu"):
+            grid = torch.tensor([[1, 32, 48], [2, 100, 36], [1, 6, 1000], [3, 4, 2]])
+            expected = get_vision_interpolation_indices_and_weights(
+                grid, side, spatial_merge_size=merge, **options
+            )
+        actual = kernel.vision_interpolation_indices_and_weights(
+            grid.to(torch.empty(0).device),
+            side,
+            num_patches=len(expected[0]),
+            spatial_merge_size=merge,
+            **options,
+        )
+        for what, ours, theirs in zip(("ids", "weights"), actual, expected):
+            differ = (ours.cpu() != theirs).sum().item()
+            assert differ == 0, (
+                f"{options}, side {side}: {differ} of {theirs.numel()} {what} differ"
+            )
+
+
+def check_pixels(kernel, dtype, out_dtype):
     import torch
 
-    ids = torch.tensor([[0], [500]])
-    try:
-        kernel.fused_embedding_lookup(ids, torch.randn(1, 500, 768))
-        getattr(torch, device).synchronize()
-    except (IndexError, RuntimeError) as error:
-        message = str(error)
-    else:
+    for count in (2520 * 768, 2520 * 768 - 1):  # with vectors, and without
+        pixels = torch.rand(count).to(dtype)
+        actual = kernel.scale_pixels(pixels, out_dtype)
+        assert torch.equal(actual, (2 * (pixels - 0.5)).to(out_dtype)), (
+            f"scaled pixels, {dtype} to {out_dtype}, differ from eager's"
+        )
+
+
+def check_errors(kernel, device):
+    import torch
+
+    ids, table = torch.tensor([[0], [500]]), torch.randn(1, 500, 768)
+    grid = torch.tensor([[1, 4, 6]])
+    calls = {
+        "position_ids must be less than the 500 rows of the table, got 500 on axis 0": lambda: (
+            kernel.fused_embedding_lookup(ids, table)
+        ),
+        "num_patches must be ": lambda: kernel.vision_interpolation_indices_and_weights(
+            grid, 16, num_patches=25
+        ),
+    }
+    for expected, call in calls.items():
         message = "no error"
-    expected = "position_ids must be less than the 500 rows of the table, got 500 on axis 0"
-    assert expected in message, f"an id out of range: {message}"
+        try:
+            call()
+            getattr(torch, device).synchronize()
+        except (IndexError, ValueError, RuntimeError) as error:
+            message = str(error)
+        assert expected in message, f"where an error was to say `{expected}`: {message}"
 
 
 # ----- times --------------------------------------------------------------------------------------

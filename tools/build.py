@@ -17,7 +17,7 @@ What is made is what kernel-builder makes, but for this:
 | C and C++ libraries | manylinux_2_28's | the machine's | the compiler is; tests/ warn of what that would reject |
 | warnings | none | -Wall -Wextra, ptxas -v | this is where the code is worked on |
 | torch's nvcc flags | --expt-relaxed-constexpr, ENABLE_FP8 | none | the sources use neither |
-| CUDA architectures | all | this machine's GPU's, all with --backend cuda | to be quick |
+| CUDA architectures | all | this machine's GPU's; all with --backend cuda, and after it | to be quick |
 | provenance | its version and commit | "tools/build.py" | it wasn't kernel-builder |
 """
 
@@ -114,6 +114,8 @@ def main():
         else:
             native = "{}.{}".format(*torch.cuda.get_device_capability())
             variants.append(Cuda(config, args.archs or [native]))
+            if not args.archs and is_for_all_archs(args.output / variants[-1].name):
+                variants[-1].archs = CUDA_ARCHS
     for variant in variants:
         variant.build(args.output)
 
@@ -175,6 +177,7 @@ class Variant:
         status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
         if status != 0:
             sys.exit(status)
+        write_compile_commands()
         self.lay_out(objects / "extension.so", destination)
         print(f"{self.name}: {destination}")
 
@@ -351,7 +354,7 @@ class Cuda(Variant):
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         flags = ["-std=c++20", *common, *codes, f"-ccbin {self.compiler} -Xcompiler=-fPIC"]
-        # ptxas reports registers, stack and spills: tests/test_cuda_binary.py reads that.
+        # ptxas reports registers, stack and spills: tests/devices/test_cuda_binary.py reads that.
         flags.append("-Xptxas=-v")
         compile_source = f"{self.nvcc} -MD -MF $out.d $nvcc_flags $extra_flags -c $in -o $out"
         return [
@@ -375,6 +378,14 @@ def find_nvcc():
     homes = [os.environ.get("CUDA_HOME"), ROOT / ".build" / "cuda-toolkit" / "nvidia" / "cu13"]
     candidates = [Path(home, "bin", "nvcc").absolute() for home in homes if home]
     return next(filter(None, map(shutil.which, [*candidates, "nvcc"])), None)
+
+
+def is_for_all_archs(variant: Path) -> bool:
+    """Whether `make cuda` has built what is there, which then stays for all of them."""
+    metadata = variant / "metadata.json"
+    if not metadata.exists():
+        return False
+    return json.loads(metadata.read_text())["backend"]["archs"] == sorted(CUDA_ARCHS)
 
 
 def accepts(compiler: str, flag: str) -> bool:
@@ -417,6 +428,16 @@ def git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
     ).stdout
+
+
+def write_compile_commands():
+    """For editors: how each source was compiled, in every variant that has been built here."""
+    commands = []
+    for variant in sorted((ROOT / ".build").glob("*/build.ninja")):
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", variant.parent, "-t", "compdb"]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        commands += [entry for entry in json.loads(listing) if not entry["file"].endswith(".o")]
+    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=1) + "\n")
 
 
 def write_if_changed(path: Path, text: str):

@@ -58,8 +58,8 @@ for phase in "${phases[@]}"; do
       run call "$python" benchmarks/call.py --device "$device" --json "${results}call.json"
       ;;
     test)
-      tests=(tests/test_op.py tests/test_errors.py tests/test_torch.py tests/test_cuda.py)
-      [[ $device == simt ]] && tests=(tests/test_op.py -k "$few") || tests+=(-k "$variant")
+      tests=(tests/op/test_op.py tests/op/test_errors.py tests/op/test_torch.py tests/devices/test_cuda.py)
+      [[ $device == simt ]] && tests=(tests/op/test_op.py -k "$few") || tests+=(-k "$variant")
       run test "${pytest[@]}" "${tests[@]}"
       ;;
     sanitize)
@@ -67,7 +67,7 @@ for phase in "${phases[@]}"; do
         sanitizer=(timeout 115 compute-sanitizer --tool "$tool" --error-exitcode 1
           --kernel-name kernel_substring=embedding_lookup)
         [[ $device == simt ]] && sanitizer=(env "SANITIZER_REHEARSED=$tool")
-        run "sanitize $tool" "${sanitizer[@]}" "${pytest[@]}" -k "$few" tests/test_op.py
+        run "sanitize $tool" "${sanitizer[@]}" "${pytest[@]}" -k "$few" tests/op/test_op.py
         [[ $device == simt ]] && break
       done
       ;;

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from kernels._rust import Build, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
+ATTEMPTS = 5
 
 
 def main():
@@ -53,7 +54,7 @@ def upload(api, repo_id, branch, additions, pruned):
     If somebody else's commit comes first, the Hub refuses this one, and it is made anew.
     """
     wanted = {addition.path_in_repo for addition in additions}
-    while True:
+    for _ in range(ATTEMPTS):
         head = api.repo_info(repo_id, revision=branch, repo_type="kernel").sha
         there = api.list_repo_files(repo_id, revision=head, repo_type="kernel")
         stale = [path for path in there if path.startswith(tuple(pruned)) and path not in wanted]
@@ -74,6 +75,10 @@ def upload(api, repo_id, branch, additions, pruned):
         else:
             print(f"{repo_id}: {branch} is {info.oid}")
             return
+    sys.exit(
+        f"error: {repo_id}: {branch} has moved during each of {ATTEMPTS} uploads; nothing is changed there, "
+        "try again when nobody else uploads"
+    )
 
 
 def card(general):

@@ -1,10 +1,10 @@
-"""Compare what our layers replace, between the transformers that is installed and the newest release.
+"""Compare what our layers replace, and our patch rewrites, in the transformers that is installed and the newest.
 
     python tools/upstream_changes.py           # the newest that pip finds
     python tools/upstream_changes.py 5.24.0    # or this version
 
-Syntax trees are compared: comments, docstrings and formatting don't count. Prints the differences, and exits with 1 if
-there are any.
+Syntax trees are compared: comments, docstrings, annotations of arguments and formatting don't count. Prints the
+differences, and exits with 1 if there are any.
 """
 
 import ast
@@ -18,13 +18,29 @@ from pathlib import Path
 
 import transformers
 
-REPLACED = {
-    "transformers/models/gemma4/modeling_gemma4.py": ["Gemma4VisionPatchEmbedder"],
-    "transformers/models/gemma4_unified/modeling_gemma4_unified.py": [
-        "Gemma4UnifiedVisionEmbedder"
-    ],
-    "transformers/vision_utils.py": ["get_vision_interpolation_indices_and_weights"],
+sys.path.append(str(Path(__file__).resolve().parent.parent / "upstream"))
+from patched import TOWERS
+
+# The classes of transformers that have a layer of their own name, by model, and what such a layer calls.
+LAYERS = {
+    "gemma4": ["Gemma4VisionPatchEmbedder"],
+    "gemma4_unified": ["Gemma4UnifiedVisionEmbedder"],
+    "kimi_k25": ["Kimi_K25VisionPositionEmbeddings", "get_vision_frame_index"],
+    "muse_glimmer": ["MuseGlimmerVisionPatchEmbedder"],
+    "muse_spark": ["MuseSparkVisionPatchEmbedder"],
+    "paddleocr_vl": ["PaddleOCRVisionEmbeddings"],
 }
+REPLACED = {
+    f"transformers/models/{model}/modeling_{model}.py": names
+    for model, names in (LAYERS | {model: [tower] for model, tower in TOWERS.items()}).items()
+} | {
+    "transformers/vision_utils.py": [
+        "get_vision_interpolation_indices_and_weights",
+        "_interpolation_axis_taps_weights",
+    ],
+}
+
+DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def main():
@@ -54,8 +70,10 @@ def code(source: str, name: str) -> list:
     for node in ast.parse(source).body:
         if getattr(node, "name", None) == name:
             for inner in ast.walk(node):
-                if ast.get_docstring(inner) if hasattr(inner, "name") else None:
+                if isinstance(inner, DOCUMENTED) and ast.get_docstring(inner) is not None:
                     inner.body.pop(0)
+                elif isinstance(inner, ast.arg):
+                    inner.annotation = None
             return ast.unparse(node).splitlines()
     return []
 

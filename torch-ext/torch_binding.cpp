@@ -3,11 +3,13 @@
 #include "torch_binding.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 #include <vector>
 
 #include "embedding_lookup.h"
+#include "pixel_scaling.h"
 #include "registration.h"
 #include "vision_interpolation.h"
 
@@ -102,6 +104,21 @@ std::tuple<Tensor, Tensor> vision_interpolation(const Tensor& grid_thw, int64_t 
   return {ids, weights};
 }
 
+Tensor pixel_scaling(const Tensor& pixel_values, ScalarType dtype) {
+  check_floating("pixel_values", pixel_values.scalar_type());
+  check_floating("dtype", dtype);
+  Tensor pixels = pixel_values;
+  if (!pixels.is_contiguous()) {
+    pixels = allocate("contiguous pixels", pixels.sizes(), pixels.scalar_type(), pixels.device());
+    torch::stable::copy_(pixels, pixel_values);
+  }
+  Tensor out = allocate("the scaled pixels", pixels.sizes(), dtype, pixels.device());
+  const embedding_lookup::Scaling scaling = {pixels.numel(), embedding_lookup::input(pixels),
+                                             embedding_lookup::output(out)};
+  if (scaling.count > 0) embedding_lookup::launch_scaling(scaling, pixels.device());
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "forward(Tensor position_ids, Tensor table, Tensor? weights, Tensor? padding, "
@@ -112,6 +129,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "interpolation(Tensor grid_thw, int num_grid_per_side, SymInt num_patches, bool bicubic, "
       "bool align_corners, int spatial_merge_size, bool zeros) -> (Tensor, Tensor)");
+  ops.def("scaling(Tensor pixel_values, ScalarType dtype) -> Tensor");
 #if defined(CPU_KERNEL)
   ops.def("cpu_capability() -> str");
 #endif
@@ -131,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, MPS, ops) {
   ops.impl("forward", TORCH_BOX(&embedding_lookup_forward));
   ops.impl("backward", TORCH_BOX(&embedding_lookup_backward));
   ops.impl("interpolation", TORCH_BOX(&vision_interpolation));
+  ops.impl("scaling", TORCH_BOX(&pixel_scaling));
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

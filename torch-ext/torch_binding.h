@@ -29,3 +29,7 @@ torch::stable::Tensor embedding_lookup_backward(const torch::stable::Tensor& gra
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> vision_interpolation(
     const torch::stable::Tensor& grid_thw, int64_t num_grid_per_side, int64_t num_patches,
     bool bicubic, bool align_corners, int64_t spatial_merge_size, bool zeros);
+
+// pixel_values [...] -> [...] of dtype `dtype`, contiguous
+torch::stable::Tensor pixel_scaling(const torch::stable::Tensor& pixel_values,
+                                    torch::headeronly::ScalarType dtype);

@@ -16,7 +16,7 @@
 #include "kernels.h"
 
 namespace embedding_lookup {
-const CpuKernels kAvx2 = {"avx2",      avx2::forward, avx2::accumulate,
-                          avx2::store, avx2::gather,  avx2::clear};
+const CpuKernels kAvx2 = {"avx2",       avx2::forward, avx2::accumulate, avx2::store,
+                          avx2::gather, avx2::clear,   avx2::scale};
 }
 #endif

@@ -16,7 +16,7 @@
 #include "kernels.h"
 
 namespace embedding_lookup {
-const CpuKernels kAvx512 = {"avx512",      avx512::forward, avx512::accumulate,
-                            avx512::store, avx512::gather,  avx512::clear};
+const CpuKernels kAvx512 = {"avx512",       avx512::forward, avx512::accumulate, avx512::store,
+                            avx512::gather, avx512::clear,   avx512::scale};
 }
 #endif

@@ -35,21 +35,20 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Writes the row that each entry reads (-1: none) to `row_of_entry` [num_tokens * K] and how many
-// entries read each row to `counts` [total_rows].
+// Writes the row that each entry reads (kNoRow: none) to `row_of_entry` [num_tokens * K] and how
+// many entries read each row to `counts` [total_rows].
 void find_rows(const Lookup& lookup, int32_t* row_of_entry, int64_t* counts) {
   std::fill_n(counts, lookup.total_rows(), 0);
   for (int64_t token = 0; token < lookup.num_tokens; ++token) {
     const TokenOffsets offsets = token_offsets(lookup, token);
-    const bool skip = is_padding(lookup, offsets);
+    const bool padding = is_padding(lookup, offsets);
     for (int64_t k = 0; k < lookup.num_entries; ++k) {
-      const int64_t id = read_id(lookup, offsets, k);
-      int64_t row = -1;
-      if (!lookup.has_padding_id || id != lookup.padding_id) {
-        if (id >= lookup.num_rows) throw_id_too_large(lookup, token * lookup.num_entries + k);
-        if (!skip) row = k * lookup.rows_per_entry + std::max<int64_t>(id, 0);
+      int64_t row = resolve_row(lookup, offsets, k, padding);
+      if (row == kIdTooLarge) throw_id_too_large(lookup, token * lookup.num_entries + k);
+      if (row != kNoRow) {
+        row += k * lookup.rows_per_entry;
+        ++counts[row];
       }
-      if (row >= 0) ++counts[row];
       *row_of_entry++ = static_cast<int32_t>(row);
     }
   }
@@ -60,17 +59,18 @@ void find_rows(const Lookup& lookup, int32_t* row_of_entry, int64_t* counts) {
 void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int32_t* row_of_entry,
                         const int64_t* counts, int64_t num_used, int64_t width, bool stream) {
   const int64_t total_rows = lookup.total_rows();
-  Tensor slots_tensor = allocate("the backward's workspace", {total_rows}, ScalarType::Int, device);
-  auto* slot_of_row = static_cast<int32_t*>(slots_tensor.mutable_data_ptr());
-  int32_t num_slots = 0;
+  Tensor numbers_tensor =
+      allocate("the backward's workspace", {total_rows}, ScalarType::Int, device);
+  auto* sum_of_row = static_cast<int32_t*>(numbers_tensor.mutable_data_ptr());
+  int32_t num_sums = 0;
   for (int64_t row = 0; row < total_rows; ++row) {
-    slot_of_row[row] = counts[row] > 0 ? num_slots++ : -1;
+    sum_of_row[row] = counts[row] > 0 ? num_sums++ : -1;
   }
   const int64_t num_all_entries = lookup.num_tokens * lookup.num_entries;
   for (int64_t entry = 0; entry < num_all_entries; ++entry) {
-    if (row_of_entry[entry] >= 0) row_of_entry[entry] = slot_of_row[row_of_entry[entry]];
+    if (row_of_entry[entry] >= 0) row_of_entry[entry] = sum_of_row[row_of_entry[entry]];
   }
-  const int32_t* slots = row_of_entry;
+  const int32_t* sum_of_entry = row_of_entry;
 
   const int64_t columns = lookup.num_columns;
   const int64_t blocks = (columns + width - 1) / width;
@@ -83,8 +83,8 @@ void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int3
     for (int64_t block = begin; block < end; ++block) {
       char* block_sums = sums + block * block_bytes;
       kernels().clear(block_sums, block_bytes, false);
-      kernels().accumulate(lookup, slots, block * width, std::min(width, columns - block * width),
-                           block_sums);
+      kernels().accumulate(lookup, sum_of_entry, block * width,
+                           std::min(width, columns - block * width), block_sums);
     }
   });
 
@@ -96,9 +96,9 @@ void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int3
       populate(grad_table + begin * columns * element, (end - begin) * columns * element);
     for (int64_t row = begin; row < end; ++row) {
       char* out = grad_table + row * columns * element;
-      if (slot_of_row[row] < 0) {
+      if (sum_of_row[row] < 0) {
         const int64_t first = row;
-        while (row + 1 < end && slot_of_row[row + 1] < 0) ++row;
+        while (row + 1 < end && sum_of_row[row + 1] < 0) ++row;
         kernels().clear(out, (row + 1 - first) * columns * element, stream);
         continue;
       }
@@ -106,7 +106,7 @@ void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int3
         const int64_t column = block * width;
         const int64_t count = std::min(width, columns - column);
         const char* row_sums =
-            sums + block * block_bytes + slot_of_row[row] * count * sum_size(lookup.table.dtype);
+            sums + block * block_bytes + sum_of_row[row] * count * sum_size(lookup.table.dtype);
         kernels().store(lookup, row_sums, count, out + column * element);
       }
     }
@@ -149,14 +149,14 @@ std::vector<Region> share_out(const Lookup& lookup, const int64_t* begin_of_row)
 void gather_rows(const Lookup& lookup, torch::stable::Device device, const int32_t* row_of_entry,
                  int64_t* counts, bool stream) {
   const int64_t total_rows = lookup.total_rows();
-  int64_t num_entries = 0;
+  int64_t num_sorted = 0;
   for (int64_t row = 0; row < total_rows; ++row) {
-    num_entries += std::exchange(counts[row], num_entries);
+    num_sorted += std::exchange(counts[row], num_sorted);
   }
   Tensor offsets_tensor =
-      allocate("the backward's workspace", {num_entries}, ScalarType::Long, device);
+      allocate("the backward's workspace", {num_sorted}, ScalarType::Long, device);
   Tensor weights_tensor =
-      allocate("the backward's workspace", {lookup.weights.present() ? num_entries : 0},
+      allocate("the backward's workspace", {lookup.weights.present() ? num_sorted : 0},
                ScalarType::Float, device);
   auto* offsets = static_cast<int64_t*>(offsets_tensor.mutable_data_ptr());
   auto* weights = static_cast<float*>(weights_tensor.mutable_data_ptr());
@@ -173,7 +173,7 @@ void gather_rows(const Lookup& lookup, torch::stable::Device device, const int32
   // Each count has become where the row's entries end, so the next one's begin.
   std::copy_backward(counts, counts + total_rows, counts + total_rows + 1);
   counts[0] = 0;
-  const SortedEntries entries = {counts, offsets, lookup.weights.present() ? weights : nullptr};
+  const SortedEntries entries = {counts, offsets, weights};
   const std::vector<Region> regions = share_out(lookup, counts);
   auto* grad_table = lookup.table.data<char>();
   const int64_t row_bytes = lookup.num_columns * element_size(lookup.table.dtype);
@@ -201,6 +201,10 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   advise_huge_pages(grad_table, total_rows * row_bytes);
   const bool stream = total_rows * row_bytes >= kStreamTableBytes && row_bytes % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(grad_table) % 64 == 0;
+  if (lookup.num_tokens == 0) {
+    kernels().clear(grad_table, total_rows * row_bytes, stream);
+    return;
+  }
 
   Tensor rows_tensor = allocate("the backward's workspace",
                                 {lookup.num_tokens * lookup.num_entries}, ScalarType::Int, device);

@@ -93,13 +93,14 @@ void store_sums(const Sum<Table>* sums, bool blocks, int64_t width, Table* __res
   for (; h < width; ++h) out[h] = static_cast<Table>(sums[h]);
 }
 
-// sums[n][h] += weights[n] * grad[h]. No two of the rows are one, which the compiler can't know.
+// sums[n][h] += weights[n] * grad[h]. No two of the N are of one row, which the compiler can't
+// know.
 template <int N, bool kWeighted, typename Table, typename Grad>
-void add_to_sums(Sum<Table>* const* sum_rows, const float* weights, const Grad* grad,
+void add_to_sums(Sum<Table>* const* begin_of_sums, const float* weights, const Grad* grad,
                  int64_t stride, int64_t width) {
   using Acc = Sum<Table>;
   Acc* sums[N];
-  for (int n = 0; n < N; ++n) sums[n] = sum_rows[n];
+  for (int n = 0; n < N; ++n) sums[n] = begin_of_sums[n];
   int64_t h = 0;
   if constexpr (std::is_same_v<Grad, Table> && Packed<Grad>::kExists) {
     for (; stride == 1 && h + kBlock <= width; h += kBlock) {
@@ -131,20 +132,20 @@ void add_to_sums(Sum<Table>* const* sum_rows, const float* weights, const Grad* 
 // ----- accumulate ------------------------------------------------------------------------------
 
 template <bool kWeighted, typename Table, typename Grad>
-void accumulate_tokens(const Lookup& lookup, const int32_t* slots, int64_t column, int64_t width,
-                       Sum<Table>* sums) {
+void accumulate_tokens(const Lookup& lookup, const int32_t* sum_of_entry, int64_t column,
+                       int64_t width, Sum<Table>* sums) {
   const int64_t stride = lookup.activation.last_stride;
   const auto* grad = lookup.activation.data<const Grad>() + column * stride;
   const int64_t ahead = bytes_ahead(lookup);
-  for (int64_t token = 0; token < lookup.num_tokens; ++token, slots += lookup.num_entries) {
-    Sum<Table>* rows[kMaxEntries];
+  for (int64_t token = 0; token < lookup.num_tokens; ++token, sum_of_entry += lookup.num_entries) {
+    Sum<Table>* begin_of_sums[kMaxEntries];
     float weights[kMaxEntries];
     const TokenOffsets offsets = token_offsets(lookup, token);
     int count = 0;
     for (int64_t k = 0; k < lookup.num_entries; ++k) {
-      if (slots[k] < 0) continue;
+      if (sum_of_entry[k] < 0) continue;
       if constexpr (kWeighted) weights[count] = read_weight(lookup, offsets, k);
-      rows[count++] = sums + slots[k] * width;
+      begin_of_sums[count++] = sums + sum_of_entry[k] * width;
     }
     if (count == 0) continue;
     const Grad* from = grad + offsets.activation;
@@ -156,11 +157,11 @@ void accumulate_tokens(const Lookup& lookup, const int32_t* slots, int64_t colum
     }
     // Two at a time, unless they are the same row of a shared table.
     for (int n = 0; n < count;) {
-      if (n + 1 < count && rows[n] != rows[n + 1]) {
-        add_to_sums<2, kWeighted, Table>(rows + n, weights + n, from, stride, width);
+      if (n + 1 < count && begin_of_sums[n] != begin_of_sums[n + 1]) {
+        add_to_sums<2, kWeighted, Table>(begin_of_sums + n, weights + n, from, stride, width);
         n += 2;
       } else {
-        add_to_sums<1, kWeighted, Table>(rows + n, weights + n, from, stride, width);
+        add_to_sums<1, kWeighted, Table>(begin_of_sums + n, weights + n, from, stride, width);
         n += 1;
       }
     }
@@ -174,14 +175,14 @@ void visit_both(const Lookup& lookup, const F& f) {
         [&](auto* table) { visit(lookup.activation.dtype, [&](auto* grad) { f(table, grad); }); });
 }
 
-void accumulate(const Lookup& lookup, const int32_t* slots, int64_t column, int64_t width,
+void accumulate(const Lookup& lookup, const int32_t* sum_of_entry, int64_t column, int64_t width,
                 void* sums) {
   visit_both(lookup, [&](auto* table, auto* grad) {
     using Table = std::remove_pointer_t<decltype(table)>;
     using Grad = std::remove_pointer_t<decltype(grad)>;
     const auto run = lookup.weights.present() ? accumulate_tokens<true, Table, Grad>
                                               : accumulate_tokens<false, Table, Grad>;
-    run(lookup, slots, column, width, static_cast<Sum<Table>*>(sums));
+    run(lookup, sum_of_entry, column, width, static_cast<Sum<Table>*>(sums));
   });
 }
 
@@ -243,9 +244,10 @@ void sum_run(const Lookup& lookup, const Run<Grad>& run, int64_t width, Table* o
   Acc sums[kSumColumns];
   for (int64_t h = 0; h < width; ++h) sums[h] = 0;
   for (int64_t n = 0; n < run.count; ++n) {
-    Acc* const rows[1] = {sums};
+    Acc* const begin_of_sums[1] = {sums};
     const float weight = kWeighted ? run.weights[n] : 1;
-    add_to_sums<1, kWeighted, Table>(rows, &weight, run.grad + run.offsets[n], stride, width);
+    add_to_sums<1, kWeighted, Table>(begin_of_sums, &weight, run.grad + run.offsets[n], stride,
+                                     width);
   }
   store_sums<Table>(sums, in_blocks<Table, Grad>(lookup), width, out);
 }
@@ -319,8 +321,8 @@ void gather(const Lookup& lookup, const SortedEntries& entries, const Region& re
   visit_both(lookup, [&](auto* table, auto* grad) {
     using Table = std::remove_pointer_t<decltype(table)>;
     using Grad = std::remove_pointer_t<decltype(grad)>;
-    const auto run = entries.weights != nullptr ? gather_region<true, Table, Grad>
-                                                : gather_region<false, Table, Grad>;
+    const auto run = lookup.weights.present() ? gather_region<true, Table, Grad>
+                                              : gather_region<false, Table, Grad>;
     run(lookup, entries, region, stream);
   });
 }

@@ -13,5 +13,6 @@
 
 namespace embedding_lookup {
 const CpuKernels kBaseline = {"default",       baseline::forward, baseline::accumulate,
-                              baseline::store, baseline::gather,  baseline::clear};
+                              baseline::store, baseline::gather,  baseline::clear,
+                              baseline::scale};
 }

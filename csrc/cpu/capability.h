@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "embedding_lookup.h"
+#include "pixel_scaling.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define EMBEDDING_LOOKUP_X86_DISPATCH 1
@@ -16,11 +17,25 @@ namespace embedding_lookup {
 // within one unit in the last place; the sums stay in the cache, so no more goes to memory for it.
 inline int64_t sum_size(ScalarType table_dtype) { return element_size(table_dtype) == 2 ? 4 : 8; }
 
+// The row of its axis's table that an entry reads: here alone padding, padding_id and ids below
+// zero are resolved. Or kNoRow; or kIdTooLarge, which is an error, whether the token is `padding`
+// or not.
+constexpr int64_t kNoRow = -1;
+constexpr int64_t kIdTooLarge = -2;
+inline int64_t resolve_row(const Lookup& lookup, const TokenOffsets& offsets, int64_t k,
+                           bool padding) {
+  const int64_t id = read_id(lookup, offsets, k);
+  if (lookup.has_padding_id && id == lookup.padding_id) return kNoRow;
+  if (id >= lookup.num_rows) return kIdTooLarge;
+  if (padding) return kNoRow;
+  return id < 0 ? 0 : id;
+}
+
 // The entries of a backward in the order of their rows, those of a row by (token, k).
 struct SortedEntries {
   const int64_t* begin_of_row;  // [total_rows + 1] where each row's entries begin
   const int64_t* offsets;       // [entries] of an entry's gradient, in elements
-  const float* weights;         // [entries], or null if there are none
+  const float* weights;         // [entries], if there are any
 };
 
 // A rectangle of the table's gradient.
@@ -38,15 +53,15 @@ struct CpuKernels {
 
   // The forward of tokens [begin, end). Returns the number (token * K + k) of the first entry whose
   // id is too large, whose token is left unwritten, or -1. `stream`: write the result past the
-  // caches, which takes activations that start at multiples of 64 bytes.
+  // caches, which takes an output whose tokens start at multiples of 64 bytes.
   int64_t (*forward)(const Lookup& lookup, int64_t begin, int64_t end, bool stream);
 
-  // Adds columns [column, column + width) of the gradient to `sums` [slots, width]: token t's,
-  // times its weights, to the rows slots[t * K + k] of them that are not -1.
-  void (*accumulate)(const Lookup& lookup, const int32_t* slots, int64_t column, int64_t width,
-                     void* sums);
+  // Adds columns [column, column + width) of the gradient to `sums` [rows in use, width]: token
+  // t's, times its weights, to those with the numbers sum_of_entry[t * K + k] that are not -1.
+  void (*accumulate)(const Lookup& lookup, const int32_t* sum_of_entry, int64_t column,
+                     int64_t width, void* sums);
 
-  // Rounds a row of sums to the table's dtype.
+  // Rounds a row's sums to the table's dtype.
   void (*store)(const Lookup& lookup, const void* sums, int64_t width, void* out);
 
   // Writes a region of the table's gradient, each row from the entries that read it. `stream` as
@@ -56,6 +71,9 @@ struct CpuKernels {
 
   // Writes zeros. `stream` as above, but from any address.
   void (*clear)(void* out, int64_t bytes, bool stream);
+
+  // The third op's elements [begin, end). `stream` as for the forward.
+  void (*scale)(const Scaling& scaling, int64_t begin, int64_t end, bool stream);
 };
 
 extern const CpuKernels kBaseline;

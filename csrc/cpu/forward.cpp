@@ -15,9 +15,9 @@ namespace embedding_lookup {
 
 void launch_forward(const Lookup& lookup, torch::stable::Device /*device*/) {
   auto* out = lookup.out.data<char>();
-  const int64_t activation_bytes = lookup.num_columns * element_size(lookup.out.dtype);
-  const int64_t out_bytes = lookup.num_tokens * activation_bytes;
-  const bool stream = out_bytes >= kStreamBytes && activation_bytes % 64 == 0 &&
+  const int64_t token_bytes = lookup.num_columns * element_size(lookup.out.dtype);
+  const int64_t out_bytes = lookup.num_tokens * token_bytes;
+  const bool stream = out_bytes >= kStreamBytes && token_bytes % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(out) % 64 == 0;
   advise_huge_pages(out, out_bytes);
   // The error names the first id that is too large, whichever thread finds one first.
@@ -25,8 +25,7 @@ void launch_forward(const Lookup& lookup, torch::stable::Device /*device*/) {
   std::atomic<int64_t> first_bad{kNone};
   const int64_t grain = std::max<int64_t>(1, kGrainElements / lookup.num_columns);
   torch::stable::parallel_for(0, lookup.num_tokens, grain, [&](int64_t begin, int64_t end) {
-    if (out_bytes >= kFreshBytes)
-      populate(out + begin * activation_bytes, (end - begin) * activation_bytes);
+    if (out_bytes >= kFreshBytes) populate(out + begin * token_bytes, (end - begin) * token_bytes);
     const int64_t bad = kernels().forward(lookup, begin, end, stream);
     if (bad < 0) return;
     int64_t seen = first_bad.load();

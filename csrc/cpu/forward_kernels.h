@@ -17,6 +17,7 @@ constexpr int64_t kTokensAhead = 4;
 template <typename Table>
 struct Terms {
   int count;
+  bool from_zero;  // the sum starts from +0, not from the first term
   const Table* rows[kMaxEntries];
   float weights[kMaxEntries];  // if there are any
 };
@@ -31,9 +32,9 @@ int64_t write_blocks(const Terms<T>& terms, const Residual* residual, uintptr_t 
   const int count = N > 0 ? N : terms.count;
   int64_t h = 0;
   for (; h + kBlock <= width; h += kBlock) {
-    Block sum = {};  // from +0 if there are weights, else from the first term
+    Block sum = {};
     int n = 0;
-    if (!kWeighted && count > 0) sum = Packed<T>::load(terms.rows[n++] + h);
+    if (!kWeighted && (N > 0 || !terms.from_zero)) sum = Packed<T>::load(terms.rows[n++] + h);
     for (; n < count; ++n) {
       Block term = Packed<T>::load(terms.rows[n] + h);
       if constexpr (kWeighted) term.scale(terms.weights[n]);
@@ -56,7 +57,8 @@ int64_t write_blocks(const Terms<T>& terms, const void* residual_data, uintptr_t
                      void* out_data, int64_t width) {
   const auto* residual = static_cast<const Residual*>(residual_data);
   auto* out = static_cast<T*>(out_data);
-  switch (terms.count) {
+  // Without weights only an entry that padding_id leaves out starts a sum of others from +0.
+  switch (terms.from_zero && !kWeighted ? 0 : terms.count) {
     case 1:
       return write_blocks<kStream, kWeighted, 1>(terms, residual, ahead, out, width);
     case 2:
@@ -105,7 +107,7 @@ void sum_terms(const Terms<Table>& terms, bool weighted, int64_t column, int64_t
                OpMath<Table>* sums) {
   using Math = OpMath<Table>;
   // -0 is what addition leaves everything as it is with: the sum starts from the first term.
-  const Math start = weighted || terms.count == 0 ? Math(0) : -Math(0);
+  const Math start = terms.from_zero ? Math(0) : -Math(0);
   for (int64_t h = 0; h < width; ++h) sums[h] = start;
   for (int n = 0; n < terms.count; ++n) {
     const Table* row = terms.rows[n] + column;
@@ -163,15 +165,17 @@ AddResidual select_add_residual(const Lookup& lookup) {
 template <typename Table>
 int64_t find_terms(const Lookup& lookup, const TokenOffsets& offsets, Terms<Table>& terms) {
   const auto* table = lookup.table.data<const Table>();
-  const bool skip = is_padding(lookup, offsets);
+  const bool padding = is_padding(lookup, offsets);
   terms.count = 0;
+  terms.from_zero = lookup.weights.present();
   for (int64_t k = 0; k < lookup.num_entries; ++k) {
-    const int64_t id = read_id(lookup, offsets, k);
-    if (lookup.has_padding_id && id == lookup.padding_id) continue;
-    if (id >= lookup.num_rows) return k;
-    if (skip) continue;
-    terms.rows[terms.count] =
-        table + k * lookup.table.entry_stride + (id < 0 ? 0 : id) * lookup.table.row_stride;
+    const int64_t row = resolve_row(lookup, offsets, k, padding);
+    if (row == kIdTooLarge) return k;
+    if (row == kNoRow) {
+      terms.from_zero = true;  // it adds +0, and wherever that stands it has the same effect
+      continue;
+    }
+    terms.rows[terms.count] = table + k * lookup.table.entry_stride + row * lookup.table.row_stride;
     terms.weights[terms.count++] = read_weight(lookup, offsets, k);
   }
   return -1;

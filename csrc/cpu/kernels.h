@@ -11,3 +11,5 @@
 #include "forward_kernels.h"
 //
 #include "backward_kernels.h"
+//
+#include "scaling_kernels.h"

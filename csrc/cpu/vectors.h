@@ -50,6 +50,7 @@ auto visit(ScalarType dtype, const F& f) {
 
 typedef float Floats __attribute__((vector_size(CPU_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(CPU_VECTOR_BYTES)));
+typedef uint16_t Halfwords __attribute__((vector_size(CPU_VECTOR_BYTES / 2)));
 
 template <bool kStream>
 void store_words(void* to, Words words) {
@@ -131,6 +132,17 @@ struct Packed<BFloat16> {
   template <bool kStream>
   static void round_and_store(BFloat16* to, const Block& block) {
     store_words<kStream>(to, round_words(block.first) | (round_words(block.second) >> 16));
+  }
+
+  // Of a block that was loaded as another type.
+  template <bool kStream>
+  static void round_and_store_in_order(BFloat16* to, const Block& block) {
+    const Halfwords halves[2] = {
+        __builtin_convertvector(round_words(block.first) >> 16, Halfwords),
+        __builtin_convertvector(round_words(block.second) >> 16, Halfwords)};
+    Words words;
+    __builtin_memcpy(&words, halves, sizeof(words));
+    store_words<kStream>(to, words);
   }
 };
 

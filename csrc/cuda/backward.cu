@@ -14,7 +14,11 @@
 // The first two also fill the table's gradient with zeros, a share a launch, on the multiprocessors
 // that the sort leaves idle.
 //
-// Ten tokens, K = 1, four rows; in tiles of 4 entries, pieces of 2, and digits of 1 bit:
+// A tile of the sums is kTile entries. It is cut into stretches of kStretch entries, one a team of
+// kTeam lanes; what of a run lies in one stretch is a piece. A tile of the sort (sort_tile) is a
+// multiple of kSortStep entries.
+//
+// Ten tokens, K = 1, four rows; in tiles of 4 entries, stretches of 2, and digits of 1 bit:
 //
 //   token              0 1 2 3  4 5 6 7  8 9
 //   its row            2 0 2 2  0 2 3 2  x 2    8 is padding: x = 4, one past the last row
@@ -62,17 +66,19 @@ constexpr int kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 512;
 constexpr int kSortWarps = kSortThreads / kWarpSize;
 constexpr int kSortUnroll = 4;
-constexpr int kSortTile = kSortThreads * kSortUnroll;
+constexpr int kSortStep = kSortThreads * kSortUnroll;
 constexpr int kMaxSortBlocks = 128;
+constexpr int kCountUnroll = 16;
 constexpr int kFillUnroll = 8;
 
-// The sum: threads a block, bytes of a token's gradient that a block takes, and entries a piece.
+// The sum: threads a block, bytes of a token's gradient that a block takes, and entries a stretch.
 constexpr int kSumThreads = 256;
 constexpr int kSlabBytes = 128;
 constexpr int kTeam = kSlabBytes / kVectorBytes;
 constexpr int kTeams = kSumThreads / kTeam;
-constexpr int kPiece = 16;
-constexpr int kTile = kTeams * kPiece;
+constexpr int kStretchBits = 4;
+constexpr int kStretch = 1 << kStretchBits;
+constexpr int kTile = kTeams * kStretch;
 constexpr int kSumUnroll = 4;
 
 constexpr int kFinishThreads = 256;
@@ -94,14 +100,14 @@ struct Plan {
   uint32_t no_row;       // the number of rows
   uint32_t num_tiles;
 
-  int num_digits;  // of a row
-  int digit;       // that this launch sorts by
-  int chunk_bits;  // a sort block's entries: 1 << chunk_bits
-  uint32_t num_chunks;
+  int num_digits;      // of a row
+  int digit;           // that this launch sorts by
+  int sort_tile_bits;  // a sort block's entries: 1 << sort_tile_bits
+  uint32_t num_sort_tiles;
 
   const Entry* entries;  // [num_entries]
   Entry* sorted;         // [num_entries]
-  uint32_t* counts;      // [num_digits, num_chunks, kDigits]: each chunk's entries with a digit
+  uint32_t* counts;      // [num_digits, num_sort_tiles, kDigits]: each tile's entries with a digit
   float* partials;       // [num_tiles, kSides, num_columns]
 
   int64_t zero_bytes;  // of the table's gradient
@@ -109,12 +115,17 @@ struct Plan {
   __device__ uint32_t digit_of(Entry entry, int digit) const {
     return entry.row >> (digit * kDigitBits) & (kDigits - 1);
   }
-  __device__ uint32_t* counts_of(int digit, uint32_t chunk) const {
-    return counts + (int64_t{digit} * num_chunks + chunk) * kDigits;
+  __device__ uint32_t* counts_of(int digit, uint32_t sort_tile) const {
+    return counts + (int64_t{digit} * num_sort_tiles + sort_tile) * kDigits;
   }
-  __device__ uint32_t row_at(uint32_t position) const {
-    return position < num_entries ? entries[position].row : no_row;
+  // Of a place that the list doesn't have, one without a row; the last one's is read there: a
+  // branch would be waited in.
+  __device__ Entry entry_at(uint32_t position) const {
+    Entry entry = entries[min(position, num_entries - 1)];
+    if (position >= num_entries) entry.row = no_row;
+    return entry;
   }
+  __device__ uint32_t row_at(uint32_t position) const { return entry_at(position).row; }
   __device__ float* partial(uint32_t tile, Side side) const {
     return partials + (int64_t{tile} * kSides + side) * lookup.num_columns;
   }
@@ -126,7 +137,7 @@ __device__ __forceinline__ void fill_share(const Plan& plan, int share) {
   const int64_t begin = words * share / (plan.num_digits + 1);
   const int64_t end = words * (share + 1) / (plan.num_digits + 1);
   auto* gradient = plan.lookup.table.data<char>();
-  int64_t word = begin + int64_t{blockIdx.x - plan.num_chunks} * kSortThreads * kFillUnroll;
+  int64_t word = begin + int64_t{blockIdx.x - plan.num_sort_tiles} * kSortThreads * kFillUnroll;
   word += threadIdx.x;
 #pragma unroll
   for (int u = 0; u < kFillUnroll; ++u, word += kSortThreads) {
@@ -142,29 +153,50 @@ __device__ __forceinline__ void fill_share(const Plan& plan, int share) {
   }
 }
 
-// A block has a chunk of the entries, a thread every kSortThreads-th of them. It also counts the
-// chunk's first digits, and clears the counts of the others.
-__global__ void __launch_bounds__(kSortThreads) rows_kernel(const Plan plan) {
+// A block has a tile of the entries, a warp every kSortWarps-th 32 of them, a thread one of those.
+// It also counts the tile's first digits, and clears the counts of the others.
+__global__ void __launch_bounds__(kSortThreads, 2) rows_kernel(const Plan plan) {
   wait_for_previous_kernel();
-  if (blockIdx.x >= plan.num_chunks) return fill_share(plan, 0);
+  let_next_kernel_start();
+  if (blockIdx.x >= plan.num_sort_tiles) return fill_share(plan, 0);
   auto* counts = shared_memory<uint32_t>();
   const Lookup& lookup = plan.lookup;
   const auto entries_per_token = static_cast<uint32_t>(lookup.num_entries);
   for (int digit = threadIdx.x; digit < kDigits; digit += kSortThreads) counts[digit] = 0;
   __syncthreads();
 
-  const uint32_t begin = blockIdx.x << plan.chunk_bits;
-  const uint32_t end = min(plan.num_entries, begin + (1u << plan.chunk_bits));
-#pragma unroll 4
-  for (uint32_t i = begin + threadIdx.x; i < end; i += kSortThreads) {
-    const uint32_t k = i % entries_per_token;
-    const TokenOffsets offsets = token_offsets(lookup, i / entries_per_token);
-    const RawId id = load_id(lookup, offsets, k);
-    const int64_t row = resolve_row(lookup, id, is_padding(lookup, offsets));
-    Entry entry{plan.no_row, i};
-    if (row != kNoRow) entry.row = static_cast<uint32_t>(k * lookup.rows_per_entry + row);
-    plan.sorted[i] = entry;
-    atomicAdd(&counts[plan.digit_of(entry, 0)], 1u);
+  const uint32_t begin = blockIdx.x << plan.sort_tile_bits;
+  const uint32_t end = min(plan.num_entries, begin + (1u << plan.sort_tile_bits));
+  for (uint32_t first = begin + threadIdx.x; first < end; first += kSortStep) {
+    // The last one again where there are no more: a branch would be waited in. Offsets first: the
+    // way to them is a loop.
+    TokenOffsets offsets[kSortUnroll];
+    uint32_t k[kSortUnroll];
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      const uint32_t i = min(first + u * kSortThreads, end - 1);
+      offsets[u] = token_offsets(lookup, i / entries_per_token);
+      k[u] = i % entries_per_token;
+    }
+    RawId ids[kSortUnroll];
+    uint8_t paddings[kSortUnroll];
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      ids[u] = load_id(lookup, offsets[u], k[u]);
+      paddings[u] = load_padding(lookup, offsets[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      const uint32_t i = first + u * kSortThreads;
+      if (i >= end) break;
+      const int64_t row = resolve_row(lookup, ids[u], paddings[u]);
+      Entry entry{plan.no_row, i};
+      if (row != kNoRow) {
+        entry.row = static_cast<uint32_t>(k[u] * lookup.rows_per_entry + row);
+      }
+      plan.sorted[i] = entry;
+      atomicAdd(&counts[plan.digit_of(entry, 0)], 1u);
+    }
   }
   __syncthreads();
   for (int digit = threadIdx.x; digit < kDigits; digit += kSortThreads) {
@@ -176,26 +208,34 @@ __global__ void __launch_bounds__(kSortThreads) rows_kernel(const Plan plan) {
 }
 
 struct SortShared {
-  uint32_t next[kDigits];       // where the chunk's next entry with a digit goes
-  uint32_t before[2][kDigits];  // entries with a digit in all chunks, [1] in those before this
+  uint32_t next[kDigits];       // where the tile's next entry with a digit goes
+  uint32_t before[2][kDigits];  // entries with a digit in all tiles, [1] in those before this
   // Entries with a digit that a warp has met; then where its next goes.
   uint32_t warps[kSortWarps][kDigits];
 };
 
-// Where the chunk's entries with each digit begin in the sorted list: after those with smaller
-// digits and, of its own, those in the chunks before. A thread sums one digit, over half of the
-// chunks.
+// Where the tile's entries with each digit begin in the sorted list: after those with smaller
+// digits and, of its own, those in the tiles before. A thread sums one digit, over half of the
+// tiles.
 __device__ __forceinline__ void find_places(const Plan& plan, SortShared& shared) {
   static_assert(kSortThreads == 2 * kDigits, "two threads a digit");
   const int digit = threadIdx.x % kDigits;
   const uint32_t half = threadIdx.x / kDigits;
   uint32_t total = 0;
   uint32_t before = 0;
-#pragma unroll 16
-  for (uint32_t chunk = half; chunk < plan.num_chunks; chunk += 2) {
-    const uint32_t count = plan.counts_of(plan.digit, chunk)[digit];
-    total += count;
-    if (chunk < blockIdx.x) before += count;
+  for (uint32_t first = half; first < plan.num_sort_tiles; first += 2 * kCountUnroll) {
+    uint32_t counts[kCountUnroll];
+#pragma unroll
+    for (uint32_t u = 0; u < kCountUnroll; ++u) {  // of the last tile again where there are no more
+      const uint32_t sort_tile = min(first + 2 * u, plan.num_sort_tiles - 1);
+      counts[u] = plan.counts_of(plan.digit, sort_tile)[digit];
+    }
+#pragma unroll
+    for (uint32_t u = 0; u < kCountUnroll; ++u) {
+      const uint32_t sort_tile = first + 2 * u;
+      if (sort_tile < plan.num_sort_tiles) total += counts[u];
+      if (sort_tile < blockIdx.x) before += counts[u];
+    }
   }
   if (half == 1) {
     shared.before[0][digit] = total;
@@ -229,21 +269,22 @@ __device__ __forceinline__ void find_places(const Plan& plan, SortShared& shared
   if (half == 0) shared.next[digit] = shared.before[0][digit] + before;
 }
 
-// A block has a chunk of the entries, kSortTile of them at a time, of which a warp has kSortUnroll
+// A block has a tile of the entries, kSortStep of them at a time, of which a warp has kSortUnroll
 // times 32 neighbours, and a lane every 32nd.
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
+__global__ void __launch_bounds__(kSortThreads, 2) sort_kernel(const Plan plan) {
   wait_for_previous_kernel();
-  if (blockIdx.x >= plan.num_chunks) return fill_share(plan, plan.digit + 1);
+  let_next_kernel_start();
+  if (blockIdx.x >= plan.num_sort_tiles) return fill_share(plan, plan.digit + 1);
   auto& shared = *shared_memory<SortShared>();
   const int lane = threadIdx.x % kWarpSize;
   uint32_t* warp_counts = shared.warps[threadIdx.x / kWarpSize];
   find_places(plan, shared);
 
-  const uint32_t begin = blockIdx.x << plan.chunk_bits;
-  const uint32_t end = min(plan.num_entries, begin + (1u << plan.chunk_bits));
-  for (uint32_t tile = begin; tile < end; tile += kSortTile) {
+  const uint32_t begin = blockIdx.x << plan.sort_tile_bits;
+  const uint32_t end = min(plan.num_entries, begin + (1u << plan.sort_tile_bits));
+  for (uint32_t step = begin; step < end; step += kSortStep) {
     for (int digit = lane; digit < kDigits; digit += kWarpSize) warp_counts[digit] = 0;
-    const uint32_t first = tile + threadIdx.x / kWarpSize * (kWarpSize * kSortUnroll) + lane;
+    const uint32_t first = step + threadIdx.x / kWarpSize * (kWarpSize * kSortUnroll) + lane;
     Entry entries[kSortUnroll];
     uint32_t rank[kSortUnroll];
 #pragma unroll
@@ -258,6 +299,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
       __syncwarp();
       const uint32_t met = valid ? warp_counts[digit] : 0;
       const unsigned same = __match_any_sync(kAllLanes, digit);
+      __syncwarp();  // a match orders no memory
       rank[u] = met + __popc(same & ((1u << lane) - 1));
       if (valid && lane == __ffs(same) - 1) warp_counts[digit] = met + __popc(same);
     }
@@ -278,7 +320,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
       const uint32_t place = warp_counts[plan.digit_of(entries[u], plan.digit)] + rank[u];
       plan.sorted[place] = entries[u];
       if (plan.digit + 1 == plan.num_digits) continue;
-      uint32_t* counts = plan.counts_of(plan.digit + 1, place >> plan.chunk_bits);
+      uint32_t* counts = plan.counts_of(plan.digit + 1, place >> plan.sort_tile_bits);
       atomicAdd(&counts[plan.digit_of(entries[u], plan.digit + 1)], 1u);
     }
     __syncthreads();
@@ -288,37 +330,45 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Plan plan) {
 // What the teams of a block tell each other.
 template <int kColumns>
 struct SumShared {
-  struct Item {
+  struct alignas(16) Item {
     int64_t offset;  // of the token's gradient
     float weight;
+    uint32_t row;
   };
-  Item items[kTile];
-  uint32_t
-      rows[kTile + 2];  // of the tile's entries from [1] on; before, and after, its neighbours'
-  alignas(kVectorBytes) float pieces[kTeams][kSides][kColumns];
+  // The tile's, its neighbours' before and after it, and one that is nobody's for each stretch, so
+  // that the teams of a warp read from different banks.
+  Item items[kTile + kTeams + 3];
+  alignas(kVectorBytes) float partials[kTeams][kSides][kColumns];
 
-  __device__ uint32_t row(int i) const { return rows[i + 1]; }
+  __device__ Item& item(int i) { return items[i + (i >> kStretchBits) + 2]; }
+  __device__ uint32_t row(int i) { return item(i).row; }
 };
 
+// Returns whether any of them has a row. All entries are requested, then all weights.
 template <typename Shared>
-__device__ __forceinline__ void load_tile(const Plan& plan, uint32_t tile, Shared& shared) {
+__device__ __forceinline__ bool load_tile(const Plan& plan, uint32_t tile, Shared& shared) {
+  constexpr int kUnroll = kTile / kSumThreads;
   const auto entries_per_token = static_cast<uint32_t>(plan.lookup.num_entries);
   const uint32_t begin = tile * kTile;
-  if (threadIdx.x == 0) shared.rows[0] = tile == 0 ? plan.no_row : plan.row_at(begin - 1);
-  if (threadIdx.x == 1) shared.rows[kTile + 1] = plan.row_at(begin + kTile);
-  for (uint32_t i = threadIdx.x; i < kTile; i += kSumThreads) {
-    typename Shared::Item item{0, 0.0f};
-    uint32_t row = plan.no_row;
-    if (begin + i < plan.num_entries) {
-      const Entry entry = plan.entries[begin + i];
-      row = entry.row;
-      const TokenOffsets offsets = token_offsets(plan.lookup, entry.index / entries_per_token);
-      item.offset = offsets.activation;
-      item.weight = read_weight(plan.lookup, offsets, entry.index % entries_per_token);
-    }
-    shared.items[i] = item;
-    shared.rows[i + 1] = row;
+  const int i = threadIdx.x;
+  Entry entries[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) entries[u] = plan.entry_at(begin + i + u * kSumThreads);
+  const bool is_before = i == 0;  // before the first there is none, nor at 2^32 - 1
+  const uint32_t neighbour = plan.row_at(is_before ? begin - 1 : begin + kTile);
+  if (plan.row_at(begin) == plan.no_row) return false;
+
+  typename Shared::Item items[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const TokenOffsets offsets = token_offsets(plan.lookup, entries[u].index / entries_per_token);
+    const uint32_t k = entries[u].index % entries_per_token;
+    items[u] = {offsets.activation, read_weight(plan.lookup, offsets, k), entries[u].row};
   }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) shared.item(i + u * kSumThreads) = items[u];
+  if (i < 2) shared.item(is_before ? -1 : kTile).row = neighbour;
+  return true;
 }
 
 // A lane's columns of a row of the table's gradient.
@@ -334,38 +384,39 @@ __device__ __forceinline__ void store_row(const Plan& plan, uint32_t row, int co
   store_streaming<N>(gradient + int64_t{row} * plan.lookup.num_columns + column, vector);
 }
 
-// Sums the runs of a team's piece, a lane N columns of them. A run that begins and ends in the
-// piece is finished; one that came from before, and one that goes on, are left in shared memory.
+// Sums the pieces of a team's stretch, a lane N columns of them. A run that begins and ends here is
+// finished; the partials of one that came from before, and of one that goes on, are left in shared
+// memory.
 template <typename Grad, typename Table, int N, typename Shared>
-__device__ __forceinline__ void sum_piece(const Plan& plan, Shared& shared, int team, int lane,
-                                          int column) {
+__device__ __forceinline__ void sum_stretch(const Plan& plan, Shared& shared, int team, int lane,
+                                            int column) {
   const TokenOperand& activation = plan.lookup.activation;
   const Grad* grad = activation.data<const Grad>() + column * (N == 1 ? activation.last_stride : 1);
-  const int first = team * kPiece;
+  const int first = team * kStretch;
   bool from_before = shared.row(first - 1) == shared.row(first);
   float sums[N] = {};
-  for (int begin = first; begin < first + kPiece; begin += kSumUnroll) {
-    if (shared.row(begin) == plan.no_row) return;
+  for (int begin = first; begin < first + kStretch; begin += kSumUnroll) {
+    const auto* items = &shared.item(begin);
+    if (items[0].row == plan.no_row) return;
     Vector<Grad, N> vectors[kSumUnroll];
 #pragma unroll
-    for (int u = 0; u < kSumUnroll; ++u) {  // an entry without a row has an offset of 0
-      vectors[u] = load<N, Cache::kKeep>(grad + shared.items[begin + u].offset);
+    for (int u = 0; u < kSumUnroll; ++u) {  // an entry without a row has a token all the same
+      vectors[u] = load<N, Cache::kKeep>(grad + items[u].offset);
     }
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
-      const int i = begin + u;
-      Grad elements[N];
-      vectors[u].unpack(elements);
+      const uint32_t row = items[u].row;
+      float elements[N];
+      to_floats(vectors[u], elements);
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        sums[n] = fmaf(shared.items[i].weight, static_cast<float>(elements[n]), sums[n]);
-      }
-      const bool goes_on = shared.row(i + 1) == shared.row(i);
-      if (goes_on && i + 1 < first + kPiece) continue;
+      for (int n = 0; n < N; ++n) sums[n] = fmaf(items[u].weight, elements[n], sums[n]);
+      const int next = begin + u + 1;
+      const bool goes_on = (u + 1 < kSumUnroll ? items[u + 1].row : shared.row(next)) == row;
+      if (goes_on && next < first + kStretch) continue;
       if (from_before || goes_on) {
-        store_sums(shared.pieces[team][from_before ? kHead : kTail] + lane * N, sums);
-      } else if (shared.row(i) != plan.no_row) {
-        store_row<Table>(plan, shared.row(i), column, sums);
+        store_sums(shared.partials[team][from_before ? kHead : kTail] + lane * N, sums);
+      } else if (row != plan.no_row) {
+        store_row<Table>(plan, row, column, sums);
       }
       from_before = false;
 #pragma unroll
@@ -374,23 +425,23 @@ __device__ __forceinline__ void sum_piece(const Plan& plan, Shared& shared, int 
   }
 }
 
-// Adds up a run that begins in a team's piece and goes on, or, with kHead, that came from the tile
-// before and is the first of team 0.
+// Adds up the pieces of a run that begins in a team's stretch and goes on, or, with kHead, that
+// came from the tile before and is the first of team 0.
 template <typename Table, int N, typename Shared>
 __device__ __forceinline__ void join_pieces(const Plan& plan, uint32_t tile, Shared& shared,
                                             Side side, int team, int lane, int column) {
-  const uint32_t row = shared.row(side == kHead ? 0 : team * kPiece + kPiece - 1);
+  const uint32_t row = shared.row(side == kHead ? 0 : team * kStretch + kStretch - 1);
   float sums[N];
-  load_sums(shared.pieces[team][side] + lane * N, sums);
+  load_sums(shared.partials[team][side] + lane * N, sums);
   int next = team + 1;
-  const bool leaves = shared.row(next * kPiece - 1) == row;
-  for (; leaves && next < kTeams && shared.row(next * kPiece) == row; ++next) {
+  const bool leaves = shared.row(next * kStretch - 1) == row;
+  for (; leaves && next < kTeams && shared.row(next * kStretch) == row; ++next) {
     float others[N];
-    load_sums(shared.pieces[next][kHead] + lane * N, others);
+    load_sums(shared.partials[next][kHead] + lane * N, others);
 #pragma unroll
     for (int n = 0; n < N; ++n) sums[n] += others[n];
   }
-  const bool goes_on = shared.row(next * kPiece - 1) == row && shared.row(next * kPiece) == row;
+  const bool goes_on = shared.row(next * kStretch - 1) == row && shared.row(next * kStretch) == row;
   if (side == kHead || goes_on) {
     store_sums(plan.partial(tile, side) + column, sums);
   } else {
@@ -398,11 +449,12 @@ __device__ __forceinline__ void join_pieces(const Plan& plan, uint32_t tile, Sha
   }
 }
 
-// A block has a tile of the sorted entries and a slab of the columns, a team of kTeam lanes a piece
-// of the tile, a lane N columns.
+// A block has a tile of the sorted entries and a slab of the columns, a warp four stretches of the
+// tile, a team of kTeam lanes one, a lane N columns.
 template <typename Grad, typename Table, int N>
 __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const Plan plan) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   auto& shared = *shared_memory<SumShared<kTeam * N>>();
   const uint32_t tile = blockIdx.x % plan.num_tiles;
   const uint32_t slab = blockIdx.x / plan.num_tiles;
@@ -410,16 +462,14 @@ __global__ void __launch_bounds__(kSumThreads, 4) sum_kernel(const Plan plan) {
   const int lane = threadIdx.x % kTeam;
   const auto column = static_cast<int>(slab * kTeam * N) + lane * N;
   const bool has_column = column < plan.lookup.num_columns;
-  if (plan.row_at(tile * kTile) == plan.no_row) return;
-
-  load_tile(plan, tile, shared);
+  if (!load_tile(plan, tile, shared)) return;
   __syncthreads();
-  if (has_column) sum_piece<Grad, Table, N>(plan, shared, team, lane, column);
+  if (has_column) sum_stretch<Grad, Table, N>(plan, shared, team, lane, column);
   __syncthreads();
   if (!has_column) return;
 
-  const int first = team * kPiece;
-  const int last = first + kPiece - 1;
+  const int first = team * kStretch;
+  const int last = first + kStretch - 1;
   const auto came = [&](int i) { return shared.row(i - 1) == shared.row(i); };
   if (team == 0 && came(0)) {
     join_pieces<Table, N>(plan, tile, shared, kHead, team, lane, column);
@@ -456,14 +506,18 @@ __device__ __forceinline__ uint32_t count_tiles(const Plan& plan, uint32_t tile,
 // A block has the run that begins in a tile and goes on, if one does, and 32 * N columns; a warp a
 // part of the run's partials, a lane N columns. The first warp adds up what the warps have.
 template <typename Table, int N>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Plan plan) {
-  wait_for_previous_kernel();
+__global__ void __launch_bounds__(kFinishThreads, 4) finish_kernel(const Plan plan) {
+  wait_for_previous_kernel();  // the last: what follows is others'
   auto& shared = *shared_memory<FinishShared>();
   const uint32_t tile = blockIdx.x % plan.num_tiles;
   const uint32_t begin = tile * kTile;
+  const uint32_t before =
+      plan.row_at(begin - 1);  // before the first there is none, nor at 2^32 - 1
+  const uint32_t first = plan.row_at(begin);
   const uint32_t row = plan.row_at(begin + kTile - 1);
-  const bool goes_on = row != plan.no_row && plan.row_at(begin + kTile) == row;
-  const bool begins = tile == 0 || plan.row_at(begin) != row || plan.row_at(begin - 1) != row;
+  const uint32_t after = plan.row_at(begin + kTile);
+  const bool goes_on = after == row && row != plan.no_row;
+  const bool begins = before != row || first != row;
   if (!goes_on || !begins) return;
 
   const int warp = threadIdx.x / kWarpSize;
@@ -520,13 +574,14 @@ Plan make_plan(const Lookup& lookup) {
   plan.num_entries = static_cast<uint32_t>(lookup.num_tokens * lookup.num_entries);
   plan.no_row = static_cast<uint32_t>(lookup.total_rows());
   plan.num_tiles = (plan.num_entries + kTile - 1) / kTile;
-  const auto num_chunks = [&] {
+  const auto num_sort_tiles = [&] {
     return static_cast<uint32_t>(
-        (int64_t{plan.num_entries} + (int64_t{1} << plan.chunk_bits) - 1) >> plan.chunk_bits);
+        (int64_t{plan.num_entries} + (int64_t{1} << plan.sort_tile_bits) - 1) >>
+        plan.sort_tile_bits);
   };
-  for (plan.chunk_bits = 11; num_chunks() > kMaxSortBlocks;) ++plan.chunk_bits;
-  static_assert(kSortTile == 1 << 11, "the smallest chunk is one tile");
-  plan.num_chunks = num_chunks();
+  for (plan.sort_tile_bits = 11; num_sort_tiles() > kMaxSortBlocks;) ++plan.sort_tile_bits;
+  static_assert(kSortStep == 1 << 11, "the smallest tile is one step");
+  plan.num_sort_tiles = num_sort_tiles();
   plan.zero_bytes = plan.no_row * lookup.num_columns * element_size(lookup.table.dtype);
   if (plan.num_entries == 0) return plan;
   do {
@@ -538,7 +593,10 @@ Plan make_plan(const Lookup& lookup) {
 template <typename Grad, typename Table>
 void launch_sums(const Plan& plan, bool vectorise, Follow follow, cudaStream_t stream) {
   constexpr int N = kVectorBytes / sizeof(Grad);
-  static_assert(2 * (sizeof(SumShared<kTeam * N>) + 1024) <= 64 << 10, "two blocks, on 7.5 too");
+  constexpr int64_t kSharedBytes = sizeof(SumShared<kTeam * N>) + 1024;  // of these CUDA takes 1024
+  static_assert(4 * kSharedBytes <= 164 << 10, "four blocks on 8.0, 9.0 and 10.0");
+  static_assert(3 * kSharedBytes <= 100 << 10, "three blocks on 8.6, 8.9 and 12.0");
+  static_assert(2 * kSharedBytes <= 64 << 10, "two blocks on 7.5");
   const auto divide_up = [&](int64_t columns) {
     return (plan.lookup.num_columns + columns - 1) / columns;
   };
@@ -556,7 +614,6 @@ void launch_sums(const Plan& plan, bool vectorise, Follow follow, cudaStream_t s
 
 void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  const RelaxedCapture relaxed;
   const cudaStream_t stream = current_stream(device);
   check_counts(lookup);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -567,7 +624,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
         lookup.num_rows, ", ", lookup.num_columns, "] is too large for the backward on CUDA");
   Plan plan = make_plan(lookup);
   const int64_t share = plan.zero_bytes / kVectorBytes / (plan.num_digits + 1) + 1;
-  const int64_t blocks = plan.num_chunks + share / (kSortThreads * kFillUnroll) + 1;
+  const int64_t blocks = plan.num_sort_tiles + share / (kSortThreads * kFillUnroll) + 1;
   const auto launch_rows = [&] {
     launch("the backward's rows", rows_kernel, blocks, kSortThreads, kDigits * sizeof(uint32_t),
            stream, plan);
@@ -578,7 +635,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   const int64_t lists[] = {workspace.add<Entry>(plan.num_entries),
                            workspace.add<Entry>(plan.num_entries)};
   const int64_t counts =
-      workspace.add<uint32_t>(int64_t{plan.num_digits} * plan.num_chunks * kDigits);
+      workspace.add<uint32_t>(int64_t{plan.num_digits} * plan.num_sort_tiles * kDigits);
   const int64_t partials =
       workspace.add<float>(int64_t{plan.num_tiles} * kSides * lookup.num_columns);
   Tensor memory =
@@ -589,7 +646,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   plan.counts = reinterpret_cast<uint32_t*>(base + counts);
   plan.partials = reinterpret_cast<float*>(base + partials);
 
-  const Follow follow = can_overlap(sort_kernel) ? Follow::kOverlapping : Follow::kWhenDone;
+  const Follow follow = can_overlap(sort_kernel, device) ? Follow::kOverlapping : Follow::kWhenDone;
   plan.sorted = list[0];
   launch_rows();
   for (plan.digit = 0; plan.digit < plan.num_digits; ++plan.digit) {

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <type_traits>
 
 #include "embedding_lookup.h"
@@ -65,6 +66,25 @@ __device__ __forceinline__ Vector<T, N> filled(float value) {
   Vector<T, N> vector;
   vector.pack(elements);
   return vector;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void to_floats(const Vector<T, N>& vector, float (&floats)[N]) {
+  if constexpr (std::is_same_v<T, BFloat16> && N % 2 == 0) {
+    // The upper halves of float32s: one instruction each, where a conversion may take two.
+    uint32_t words[N / 2];
+    std::memcpy(words, vector.words, sizeof(words));
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint32_t bits = n % 2 == 0 ? words[n / 2] << 16 : words[n / 2] & 0xffff0000;
+      std::memcpy(&floats[n], &bits, sizeof(bits));
+    }
+  } else {
+    T elements[N];
+    vector.unpack(elements);
+#pragma unroll
+    for (int n = 0; n < N; ++n) floats[n] = static_cast<float>(elements[n]);
+  }
 }
 
 enum class Cache {
@@ -155,17 +175,23 @@ __device__ __forceinline__ RawId load_id(const Lookup& lookup, const TokenOffset
   return id;
 }
 
+// Its token's padding, likewise: a bool would be waited for at once.
+__device__ __forceinline__ uint8_t load_padding(const Lookup& lookup, const TokenOffsets& offsets) {
+  return lookup.padding.present() ? __ldg(lookup.padding.data<const uint8_t>() + offsets.padding)
+                                  : uint8_t{0};
+}
+
 constexpr int64_t kNoRow = -1;
 
 // The row of its table that an entry reads, or kNoRow: here alone padding, padding_id and ids below
 // zero are resolved. Too large an id is an assertion, as in F.embedding, and never an address.
-__device__ __forceinline__ int64_t resolve_row(const Lookup& lookup, RawId raw, bool padding) {
+__device__ __forceinline__ int64_t resolve_row(const Lookup& lookup, RawId raw, uint8_t padding) {
   const int64_t id = lookup.ids.dtype == ScalarType::Long
                          ? static_cast<int64_t>(uint64_t{raw.high} << 32 | raw.low)
                          : static_cast<int32_t>(raw.low);
   if (lookup.has_padding_id && id == lookup.padding_id) return kNoRow;
   CUDA_KERNEL_ASSERT(id < lookup.num_rows && "position_ids must be less than the table's rows");
-  if (padding) return kNoRow;
+  if (padding != 0) return kNoRow;
   return id < 0 ? 0 : id;
 }
 
@@ -192,8 +218,10 @@ void dispatch(ScalarType dtype, const Function& function) {
   }
 }
 
+// Reported here, so that whoever asks for the last error next isn't told of it.
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();
   throw std::runtime_error(std::string("fused_embedding_lookup failed: ") + what + ": " +
                            cudaGetErrorString(error));
 }
@@ -228,13 +256,18 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Whether `kernel` may be launched while the one before it still runs: it waits for that one only
-// in the code for 9.0 and later, which need not be the code that a build has for such a device.
+// Whether kernels, of which this is any, may be launched while the one before still runs: they wait
+// for that one only in the code for 9.0 and later, which need not be the code that a build has for
+// such a device. Asked once a device and thread.
 template <typename Params>
-bool can_overlap(void (*kernel)(Params)) {
+bool can_overlap(void (*kernel)(Params), torch::stable::Device device) {
+  static thread_local std::map<int32_t, bool> answers;
+  const auto known = answers.find(device.index());
+  if (known != answers.end()) return known->second;
+  const RelaxedCapture relaxed;
   cudaFuncAttributes attributes{};
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "asking what a kernel was compiled for");
-  return attributes.ptxVersion >= 90;
+  return answers[device.index()] = attributes.ptxVersion >= 90;
 }
 
 // How a kernel follows the one before it on the stream.
@@ -244,10 +277,16 @@ enum class Follow {
 };
 
 // The first thing in every thread of a kernel that may overlap: from here on, what the kernels
-// before wrote can be read. The next kernel may be started now, which then waits here itself.
+// before wrote can be read.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
+}
+
+// The next kernel may be started now, if it may overlap. It must be one of ours, which waits.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
@@ -267,6 +306,7 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = follow == Follow::kOverlapping ? 1 : 0;
+  const RelaxedCapture relaxed;
   check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 

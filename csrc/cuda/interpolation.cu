@@ -1,8 +1,9 @@
 // The second op on CUDA: ids and weights of image patches, without a look at the grids on the host.
 //
-// One thread a patch, and one thread more. Each walks the images up to the one that has its patch:
-// all threads of a block read the same few numbers, from the cache. The one more has no patch; it
-// walks all images and sees that there are as many patches as the caller said.
+// A block has kThreads patches, a thread one of them, and there is one thread more. Each walks the
+// images up to the one that has its patch: all threads of a warp, and nearly all of a block, read
+// the same few numbers, from the cache. The one more has no patch; it walks all images and sees
+// that there are as many patches as the caller said.
 //
 // Memory traffic: writes 12 bytes for each of a patch's entries.
 
@@ -12,6 +13,7 @@
 namespace embedding_lookup {
 namespace {
 
+// Not tuned.
 constexpr int kThreads = 128;
 
 template <int kTaps>

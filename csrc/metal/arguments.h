@@ -17,17 +17,17 @@ namespace embedding_lookup_metal {
 enum : uint32_t {
   kMaxEntries = 64,
   kMaxTokenDims = 8,
-  kSimdWidth = 32,    // of every Apple GPU
-  kVectorWidth = 4,   // columns that a thread handles at once where the alignment lets it
-  kMaxThreads = 1024  // of a threadgroup
+  kSimdWidth = 32,     // of every Apple GPU
+  kVectorWidth = 4,    // columns that a thread handles at once where the alignment lets it
+  kMaxThreads = 1024,  // of a threadgroup
+  kScaledVectors = 4   // pixels of a thread that are in flight at once, in vectors
 };
 
 // Of the backward.
 enum : uint32_t {
-  kTile = 4096,  // entries that are sorted together
-  kMinRun = 8,   // shorter runs of a tile have no partial: their entries are addends themselves
-  kPiece = 256,  // entries of a piece at most
-  kTilePartials = kTile / kMinRun,   // of a tile at most
+  kTile = 4096,                      // entries that are sorted together
+  kMinRun = 8,                       // for K = 1, see Backward
+  kPiece = 256,                      // a piece is shorter than twice this
   kTileParts = 16,                   // threadgroups that share a tile's pieces
   kSortMemory = kTile * 6 + 32 * 8,  // bytes: rows, entries, and two counts for each simdgroup
 };
@@ -61,7 +61,11 @@ enum BufferIndex {
   kInterpolation,
   kGrid,
   kPatchIds,
-  kPatchWeights
+  kPatchWeights,
+  // Scaling.
+  kScaling,
+  kPixels,
+  kScaled
 };
 
 // Tensors begin where their buffer is bound. All strides count elements.
@@ -99,8 +103,10 @@ struct Backward {
   uint32_t rows_per_entry;
   uint32_t total_rows;
   uint32_t num_tiles;
-  uint32_t tile_entries;  // of whole tokens: kTile, or a little less
-  uint32_t list_tiles;    // tiles whose addends are one sorted list by now
+  uint32_t tile_entries;   // of whole tokens: kTile, or a little less
+  uint32_t list_tiles;     // tiles whose addends are one sorted list by now
+  uint32_t min_run;        // shorter runs of a tile have no partial: their entries are addends
+  uint32_t tile_partials;  // of a tile at most
 };
 
 // Entries begin .. begin + length of a tile's order, which read one row.
@@ -111,8 +117,8 @@ struct Piece {
 
 // What a row's gradient is a sum of: a partial, or one entry's weight times its token's gradient.
 struct Addend {
-  uint32_t key;    // 2 * row, plus 1 for an entry: what addends are sorted by
-  uint32_t index;  // of the partial or the entry
+  uint32_t row;
+  uint32_t index;  // of the partial; or of the entry, plus the number of partials there may be
 };
 
 struct Interpolation {
@@ -121,6 +127,10 @@ struct Interpolation {
   uint32_t num_images;
   uint32_t num_patches;
   uint32_t grid_is_int64;
+};
+
+struct Scaling {
+  int64_t num_vectors;
 };
 
 // PyTorch's, as in c10/metal/error.h, which the builder's Metal compiler doesn't find.

@@ -1,21 +1,26 @@
 // grad_table[r, h] = sum of weights[t, k] * grad[t, h] over the entries (t, k) that read row r
 //
-// lookup_backward_sort: a threadgroup owns a tile of kTile entries, a thread some of them. It sorts
-// them by (row, token, k) and divides each run into pieces. A run of less than kMinRun entries has
-// none. Emits the tile's addends: its pieces' partials, and the entries without a piece.
+// Entries are numbered in the order of tokens, token * K + k. A tile is sorted by (row, entry):
+// that is its `order`, and where an entry stands there is its `position`. A run of params.min_run
+// entries or more is divided into pieces, each of which becomes a partial. A row's gradient is a
+// sum of *addends*: partials, and the entries of shorter runs. A `list` is the addends of some
+// neighbouring tiles, sorted by row and, within a row, in the order of tokens.
 //
-// lookup_backward_merge: makes one sorted list of the addends of two neighbours, until there is one
-// list. A thread owns an addend. lookup_backward_starts: notes where each row's addends begin.
-//
-// lookup_backward_pieces: a threadgroup owns every kTileParts-th piece of a tile, a simdgroup every
-// n-th block of 32 vectors of N columns, a lane one vector of each. Tiles follow one another, so
-// that what a token's other entries read again is still in the last cache.
-//
-// lookup_backward_rows: a threadgroup owns a row, its simdgroups and lanes the columns as above.
+//   lookup_backward_sort     a threadgroup owns a tile, a thread some of its entries, a simdgroup
+//                            nothing. Emits the tile's order, its pieces and its list.
+//   lookup_backward_merge    makes one list of two neighbours', until there is one. A threadgroup
+//                            owns a tile's share of a list, a thread some of the addends.
+//   lookup_backward_starts   notes where each row's addends begin. As above.
+//   lookup_backward_pieces   a threadgroup owns every kTileParts-th piece of a tile, a simdgroup
+//                            every n-th block of 32 vectors of N columns, a thread one vector of
+//                            each. Tiles follow one another, so that what a token's other entries
+//                            read again is still in the last cache.
+//   lookup_backward_rows     a threadgroup owns a row at a time, simdgroups and threads its columns
+//                            as above.
 //
 // So the gradient is read from memory once, the table's gradient written once, and there are
-// partials only where each stands for kMinRun rows of the gradient or more. No float is added
-// atomically: what is added in which order depends on the ids, the padding and the shapes alone.
+// partials only where each stands for many rows of the gradient. No float is added atomically: what
+// is added in which order depends on the ids, the padding and the shapes alone.
 
 #include "common.h"
 
@@ -77,16 +82,16 @@ struct Position {
   ushort piece_length;
 };
 
-METAL_FUNC Position examine(Tile tile, uint size, uint i) {
-  Position result = {};
+METAL_FUNC Position examine(Tile tile, uint size, uint min_run, uint i) {
+  Position result = {false, false, 0};
   if (i >= size) return result;
   const uint row = tile.rows[i];
   const uint begin = tile.lower_bound(size, row);
   const uint end = tile.lower_bound(size, row + 1);
   const uint length = end - begin;
-  result.is_addend = length < kMinRun;
-  // All but the last as long as one another, and none much shorter than half of kPiece.
-  const uint num_pieces = (length + kPiece - 1) / kPiece;
+  result.is_addend = length < min_run;
+  // All but the last as long as one another.
+  const uint num_pieces = length < kPiece ? 1 : length / kPiece;
   const uint piece_length = (length + num_pieces - 1) / num_pieces;
   result.begins_piece = !result.is_addend && (i - begin) % piece_length == 0;
   result.piece_length = static_cast<ushort>(min(piece_length, end - i));
@@ -105,10 +110,9 @@ METAL_FUNC void load_tile(Tile tile, uint size, constant Lookup& lookup, device 
     const uint token = (first_entry + i) / lookup.num_entries;
     const uint k = (first_entry + i) % lookup.num_entries;
     const TokenOffsets offsets = token_offsets(lookup, token);
-    const int64_t row = read_row(lookup, ids, offsets, k, token, errors);
-    if (row != kNoRow && !is_padding(lookup, padding, offsets)) {
-      tile.rows[i] = k * rows_per_entry + static_cast<uint>(row);
-    }
+    const int64_t row = resolve_row(lookup, load_id(lookup, ids, offsets, k),
+                                    is_padding(lookup, padding, offsets), k, token, errors);
+    if (row != kNoRow) tile.rows[i] = k * rows_per_entry + static_cast<uint>(row);
   }
 }
 
@@ -126,10 +130,6 @@ METAL_FUNC Counts add_up(threadgroup uint* counts, uint count, uint simdgroup, u
     result.all += counts[i];
   }
   return result;
-}
-
-METAL_FUNC uint vote(bool predicate) {
-  return static_cast<uint>(static_cast<simd_vote::vote_t>(simd_ballot(predicate)));
 }
 
 [[kernel]] void lookup_backward_sort(
@@ -156,12 +156,12 @@ METAL_FUNC uint vote(bool predicate) {
 
   const uint num_sorted = tile.lower_bound(size, kNoKey);
   const int64_t first = int64_t(tile_index) * kTile;
-  const uint first_partial = tile_index * kTilePartials;
+  const uint first_partial = tile_index * params.tile_partials;
   uint total_pieces = 0;
   uint total_addends = 0;
   for (uint block = 0; block < num_sorted; block += num_threads) {
     const uint i = block + thread_index;
-    const Position position = examine(tile, num_sorted, i);
+    const Position position = examine(tile, num_sorted, params.min_run, i);
     const bool is_addend = position.begins_piece || position.is_addend;
     const uint piece_votes = vote(position.begins_piece);
     const uint addend_votes = vote(is_addend);
@@ -176,9 +176,11 @@ METAL_FUNC uint vote(bool predicate) {
       pieces[first_partial + piece].length = position.piece_length;
     }
     if (is_addend) {
-      addends[first + addend].key = tile.rows[i] * 2 + (position.begins_piece ? 0 : 1);
+      addends[first + addend].row = tile.rows[i];
       addends[first + addend].index =
-          position.begins_piece ? first_partial + piece : first_entry + tile.entries[i];
+          position.begins_piece
+              ? first_partial + piece
+              : params.num_tiles * params.tile_partials + first_entry + tile.entries[i];
     }
     if (i < num_sorted) order[first + i] = tile.entries[i];
     total_pieces += block_pieces.all;
@@ -193,12 +195,12 @@ METAL_FUNC uint vote(bool predicate) {
 // ---------------------------------------------------------------------------------------------
 // One list of all addends.
 
-// How many of the `size` addends have a key less than `key`.
-METAL_FUNC uint lower_bound(device const Addend* addends, uint size, uint key) {
+// How many of the list's `size` addends have a row less than `row`.
+METAL_FUNC uint lower_bound(device const Addend* addends, uint size, uint row) {
   uint begin = 0;
   while (begin < size) {
     const uint middle = (begin + size) / 2;
-    if (addends[middle].key < key) {
+    if (addends[middle].row < row) {
       begin = middle + 1;
     } else {
       size = middle;
@@ -207,7 +209,7 @@ METAL_FUNC uint lower_bound(device const Addend* addends, uint size, uint key) {
   return begin;
 }
 
-// Of addends with one key those of the first list come first: they stay in the order of tiles.
+// Of addends with one row those of the first list come first: they stay in the order of tiles.
 [[kernel]] void lookup_backward_merge(constant Backward& params [[buffer(kBackward)]],
                                       device const Addend* addends [[buffer(kAddends)]],
                                       device const uint* num_addends [[buffer(kNumAddends)]],
@@ -228,9 +230,9 @@ METAL_FUNC uint lower_bound(device const Addend* addends, uint size, uint key) {
 
   const uint first = (tile - list * params.list_tiles) * kTile;
   for (uint i = first + thread_index; i < min(first + kTile, size); i += num_threads) {
-    const uint key = own[i].key;
-    const uint place = i + lower_bound(others, other_size, key + (list & 1));
-    merged[place].key = key;
+    const uint row = own[i].row;
+    const uint place = i + lower_bound(others, other_size, row + (list & 1));
+    merged[place].row = row;
     merged[place].index = own[i].index;
   }
   if (first + thread_index == 0 && (list & 1) == 0) num_merged[list / 2] = size + other_size;
@@ -245,8 +247,8 @@ METAL_FUNC uint lower_bound(device const Addend* addends, uint size, uint key) {
                                        uint num_threads [[threads_per_threadgroup]]) {
   const uint first = tile * kTile;
   for (uint i = first + thread_index; i < min(first + kTile, num_addends[0]); i += num_threads) {
-    const uint row = addends[i].key / 2;
-    if (i == 0 || addends[i - 1].key / 2 != row) starts[row] = i + 1;
+    const uint row = addends[i].row;
+    if (i == 0 || addends[i - 1].row != row) starts[row] = i + 1;
   }
 }
 
@@ -298,13 +300,13 @@ template <typename Grad, int N>
   const uint tile = tile_part / kTileParts;
   const int64_t grad_stride = N == 1 ? lookup.activation_last_stride : 1;
   for (uint i = tile_part % kTileParts; i < num_pieces[tile]; i += kTileParts) {
-    const int64_t partial = int64_t(tile) * kTilePartials + i;
+    const int64_t partial = int64_t(tile) * params.tile_partials + i;
     const uint begin = pieces[partial].begin;
     const uint length = pieces[partial].length;
     for (uint block = simdgroup * kSimdWidth * N; block < lookup.num_columns;
          block += simdgroups * kSimdWidth * N) {
       const uint column = min(block + lane * N, lookup.num_columns - N);
-      float sums[N] = {};
+      float sums[N] = {0};
       for (uint first = 0; first < length; first += kSimdWidth) {
         const uint position = begin + min(first + lane, length - 1);
         const EntryGrad entry = locate(
@@ -321,11 +323,24 @@ template <typename Grad, int N>
   }
 }
 
-// How many of the 32 addends from `position` on have the key.
-METAL_FUNC uint count_addends(device const Addend* addends, uint num_addends, uint position,
-                              uint key, uint lane) {
-  const bool matches = position + lane < num_addends && addends[position + lane].key == key;
-  return popcount(vote(matches));
+// A row's next addends, one a lane, as far as they are of one kind.
+struct Addends {
+  uint index;  // of the lane's; past the last, the last one's
+  uint count;
+  bool are_partials;
+  bool are_last;  // of the row
+};
+METAL_FUNC Addends next_addends(device const Addend* addends, uint num_addends, uint num_partials,
+                                uint row, uint position, uint lane) {
+  const uint own = min(position + lane, num_addends - 1);
+  const uint index = addends[own].index;
+  const uint of_row = vote(position + lane < num_addends && addends[own].row == row);
+  const uint partials = vote(index < num_partials);
+  const bool are_partials = (partials & 1) != 0;
+  const uint alike = of_row & (are_partials ? partials : ~partials);
+  const uint count = popcount(alike & ~(alike + 1));  // the lanes before the first that isn't
+  return {shuffle(index, min(lane, count - 1)), count, are_partials,
+          count < kSimdWidth && count == popcount(of_row)};
 }
 
 template <typename Grad, typename Table, int N>
@@ -341,29 +356,27 @@ template <typename Grad, typename Table, int N>
     uint threadgroups [[threadgroups_per_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const int64_t grad_stride = N == 1 ? lookup.activation_last_stride : 1;
+  const uint num_partials = params.num_tiles * params.tile_partials;
   for (uint row = threadgroup_index; row < params.total_rows; row += threadgroups) {
     const uint start = starts[row];
     for (uint block = simdgroup * kSimdWidth * N; block < lookup.num_columns;
          block += simdgroups * kSimdWidth * N) {
       const uint column = min(block + lane * N, lookup.num_columns - N);
-      float sums[N] = {};
-      uint position = start - 1;
-      uint count = start == 0 ? 0 : kSimdWidth;
-      while (count == kSimdWidth) {
-        count = count_addends(addends, num_addends[0], position, row * 2, lane);
-        if (count == 0) break;
-        const uint partial = addends[position + min(lane, count - 1)].index;
-        add_vectors<N>(partials + column, int64_t(partial) * lookup.num_columns, 1.0f, count, sums);
-        position += count;
-      }
-      count = start == 0 ? 0 : kSimdWidth;
-      while (count == kSimdWidth) {
-        count = count_addends(addends, num_addends[0], position, row * 2 + 1, lane);
-        if (count == 0) break;
-        const EntryGrad entry =
-            locate(lookup, weights, addends[position + min(lane, count - 1)].index);
-        add_vectors<N>(grad + column * grad_stride, entry.offset, entry.weight, count, sums);
-        position += count;
+      float sums[N] = {0};
+      bool more = start != 0;
+      for (uint position = start - 1; more;) {
+        const Addends next =
+            next_addends(addends, num_addends[0], num_partials, row, position, lane);
+        if (next.count == 0) break;
+        if (next.are_partials) {
+          add_vectors<N>(partials + column, int64_t(next.index) * lookup.num_columns, 1.0f,
+                         next.count, sums);
+        } else {
+          const EntryGrad entry = locate(lookup, weights, next.index - num_partials);
+          add_vectors<N>(grad + column * grad_stride, entry.offset, entry.weight, next.count, sums);
+        }
+        position += next.count;
+        more = !next.are_last;
       }
       if (block + lane * N < lookup.num_columns) {
         Vector<Table, N> results;

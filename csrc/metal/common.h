@@ -96,40 +96,42 @@ constant constexpr char kErrorGot[] = " rows of the table, got ";
 constant constexpr char kErrorAxis[] = " on axis ";
 constant constexpr char kErrorToken[] = " of token ";
 
-// By one thread: `text` says what is wrong.
-METAL_FUNC void report(device ErrorMessages* errors, constant const char* text) {
+// Takes one of the messages and writes what all of them say. Null if there is none left.
+METAL_FUNC ErrorWriter begin_message(device ErrorMessages* errors) {
   const uint i = atomic_fetch_add_explicit(&errors->count, 1u, memory_order_relaxed);
-  if (i >= kMaxErrors) return;
+  if (i >= kMaxErrors) return {nullptr};
   device ErrorMessage& error = errors->messages[i];
   ErrorWriter file{error.file}, function{error.function}, message{error.message};
   file.write(kErrorName);
   function.write(kErrorName);
   message.write(kErrorName);
-  message.write(text);
-  *file.next = *function.next = *message.next = 0;
+  *file.next = *function.next = 0;
   error.line = 0;
+  return message;
+}
+
+// By one thread: `text` says what is wrong. Here the compiler decides what is inlined.
+inline void report(device ErrorMessages* errors, constant const char* text) {
+  ErrorWriter message = begin_message(errors);
+  if (message.next == nullptr) return;
+  message.write(text);
+  *message.next = 0;
 }
 
 // By one thread, of an id that is too large.
-METAL_FUNC void report_id(device ErrorMessages* errors, constant Lookup& lookup, int64_t id,
-                          uint entry, uint token) {
-  const uint i = atomic_fetch_add_explicit(&errors->count, 1u, memory_order_relaxed);
-  if (i >= kMaxErrors) return;
-  device ErrorMessage& error = errors->messages[i];
-  ErrorWriter file{error.file}, function{error.function}, message{error.message};
-  file.write(kErrorName);
-  function.write(kErrorName);
-  message.write(kErrorName);
+inline void report_id(device ErrorMessages* errors, int64_t num_rows, int64_t id, uint axis,
+                      uint token) {
+  ErrorWriter message = begin_message(errors);
+  if (message.next == nullptr) return;
   message.write(kErrorIds);
-  message.write(static_cast<uint64_t>(lookup.num_rows));
+  message.write(static_cast<uint64_t>(num_rows));
   message.write(kErrorGot);
   message.write(static_cast<uint64_t>(id));
   message.write(kErrorAxis);
-  message.write(uint64_t(entry));
+  message.write(uint64_t(axis));
   message.write(kErrorToken);
   message.write(uint64_t(token));
-  *file.next = *function.next = *message.next = 0;
-  error.line = 0;
+  *message.next = 0;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -137,10 +139,10 @@ METAL_FUNC void report_id(device ErrorMessages* errors, constant Lookup& lookup,
 
 // Where a token's elements begin in each tensor, in elements.
 struct TokenOffsets {
-  int64_t ids = 0;
-  int64_t weights = 0;
-  int64_t padding = 0;
-  int64_t activation = 0;
+  int64_t ids;
+  int64_t weights;
+  int64_t padding;
+  int64_t activation;
 
   METAL_FUNC void add(constant Lookup& lookup, int dim, uint index) {
     ids += index * lookup.ids_strides[dim];
@@ -153,7 +155,7 @@ struct TokenOffsets {
 // Without a division where the leading dimensions merged into one, as those of contiguous tensors
 // do.
 METAL_FUNC TokenOffsets token_offsets(constant Lookup& lookup, uint token) {
-  TokenOffsets offsets;
+  TokenOffsets offsets = {0, 0, 0, 0};
   for (int dim = static_cast<int>(lookup.num_token_dims) - 1; dim > 0; --dim) {
     const uint size = lookup.token_sizes[dim];
     offsets.add(lookup, dim, token % size);
@@ -173,18 +175,23 @@ METAL_FUNC bool is_padding(constant Lookup& lookup, device const bool* padding,
 
 constant constexpr int64_t kNoRow = -1;
 
-// The row of its axis's table that entry k of a token reads, or kNoRow. One that isn't the table's
-// is an error, and nobody's.
-METAL_FUNC int64_t read_row(constant Lookup& lookup, device const void* ids, TokenOffsets offsets,
-                            uint k, uint token, device ErrorMessages* errors) {
+METAL_FUNC int64_t load_id(constant Lookup& lookup, device const void* ids, TokenOffsets offsets,
+                           uint k) {
   const int64_t offset = offsets.ids + k * lookup.ids_last_stride;
-  const int64_t id = lookup.ids_are_int64 != 0 ? static_cast<device const int64_t*>(ids)[offset]
-                                               : static_cast<device const int32_t*>(ids)[offset];
+  return lookup.ids_are_int64 != 0 ? static_cast<device const int64_t*>(ids)[offset]
+                                   : static_cast<device const int32_t*>(ids)[offset];
+}
+
+// The row of its table that entry k of a token reads, or kNoRow: here alone padding, padding_id and
+// ids below zero are resolved. Too large an id is an error, in padding too, and never an address.
+METAL_FUNC int64_t resolve_row(constant Lookup& lookup, int64_t id, bool padding, uint k,
+                               uint token, device ErrorMessages* errors) {
   if (lookup.has_padding_id != 0 && id == lookup.padding_id) return kNoRow;
   if (id >= lookup.num_rows) {
-    report_id(errors, lookup, id, k, token);
+    report_id(errors, lookup.num_rows, id, k, token);
     return kNoRow;
   }
+  if (padding) return kNoRow;
   return id < 0 ? 0 : id;
 }
 
@@ -193,9 +200,19 @@ METAL_FUNC float read_weight(constant Lookup& lookup, device const float* weight
   return lookup.has_weights != 0 ? weights[offsets.weights + k * lookup.weights_last_stride] : 1.0f;
 }
 
-// Of another lane.
+// ---------------------------------------------------------------------------------------------
+// What the lanes of a simdgroup tell each other.
+
+METAL_FUNC uint vote(bool predicate) {
+  return static_cast<uint>(static_cast<simd_vote::vote_t>(simd_ballot(predicate)));
+}
+
+// The value of another lane.
 METAL_FUNC int64_t shuffle(int64_t value, uint lane) {
   return as_type<int64_t>(simd_shuffle(as_type<uint2>(value), static_cast<ushort>(lane)));
+}
+METAL_FUNC uint shuffle(uint value, uint lane) {
+  return simd_shuffle(value, static_cast<ushort>(lane));
 }
 METAL_FUNC float shuffle(float value, uint lane) {
   return simd_shuffle(value, static_cast<ushort>(lane));

@@ -1,74 +1,122 @@
 // out[t, h] = residual[t, h] + (padding[t] ? 0 : e[t, h]), see embedding_lookup.h.
 //
-// Both kernels: a threadgroup owns a few tokens at a time, a simdgroup one of them. A lane looks up
-// every 32nd entry of the token, then takes every 32nd vector of N columns. The residual is read
-// and the output written once; the rows of the table in use (about 100 for an image) stay in the
-// caches.
+//   lookup_forward   a threadgroup owns a few tokens at a time, a simdgroup one of them, a thread
+//                    every 32nd entry of that and every 32nd vector of N columns. A load is waited
+//                    for only when all that can be requested before it has been:
+//
+//                      1. ids, weights and padding
+//                      2. the residual            so that it arrives with the ids, not after them
+//                      3. the entries' rows       their addresses need the ids
+//                      4. the sums
+//
+//   lookup_copy      the same, of the one row that a token reads.
+//
+// The residual is read and the output written once; the rows of the table in use (about 100 for an
+// image) stay in the caches.
 
 #include "common.h"
 
-constant constexpr int kVectors = 3;  // columns of a lane that are in flight at once, in vectors
+constant constexpr int kUnroll = 3;  // columns of a thread that are in flight at once, in vectors
 
 // ---------------------------------------------------------------------------------------------
-// A token's entries, dealt out to the lanes of its simdgroup.
+// A thread's columns from `first` on: kUnroll vectors.
 
-constant constexpr int kLaneEntries = kMaxEntries / kSimdWidth;
+template <int N>
+METAL_FUNC bool has_column(constant Lookup& lookup, uint first, int u, uint lane) {
+  return first + (u * kSimdWidth + lane) * N < lookup.num_columns;
+}
+// Past the last vector the last one again, which is read and not written.
+template <int N>
+METAL_FUNC uint column_at(constant Lookup& lookup, uint first, int u, uint lane) {
+  return min(first + (u * kSimdWidth + lane) * N, lookup.num_columns - N);
+}
 
-struct LaneEntries {
-  int64_t offsets[kLaneEntries];  // of the rows, in elements of the table; kNoRow: adds zero
-  float weights[kLaneEntries];
+// ---------------------------------------------------------------------------------------------
+// Requests.
 
-  // Of the token's k-th entry. All lanes ask for the same one.
-  METAL_FUNC int64_t offset(uint k) const {
-    static_assert(kLaneEntries == 2, "one of two");
+// Of -0, which changes no bit of a sum, if there is no residual.
+template <typename Residual, int N>
+METAL_FUNC void load_residuals(constant Lookup& lookup, constant Forward& params,
+                               device const Residual* residual, uint first, uint lane,
+                               thread Vector<Residual, N> (&residuals)[kUnroll]) {
+  const int64_t stride = N == 1 ? lookup.activation_last_stride : 1;
+  if (params.has_residual != 0) {
+    UNROLL for (int u = 0; u < kUnroll; ++u) {
+      residuals[u] = load<N>(residual + column_at<N>(lookup, first, u, lane) * stride);
+    }
+  } else {
+    UNROLL for (int u = 0; u < kUnroll; ++u) {
+      UNROLL for (int n = 0; n < N; ++n) residuals[u].set(n, -0.0f);
+    }
+  }
+}
+
+// The entries of a simdgroup's token, kSlots a lane: entry k is in slot k / 32 of lane k % 32.
+constant constexpr int kSlots = 2;
+
+struct Entries {
+  int64_t ids[kSlots];
+  float weights[kSlots];
+  int64_t offsets[kSlots];  // of the row, from the table's first element
+  uint rows[kSlots];        // a bit for each lane whose entry has a row
+
+  // The last one again for the lanes that have none: a branch would be waited in.
+  METAL_FUNC void request(constant Lookup& lookup, device const void* all_ids,
+                          device const float* all_weights, TokenOffsets token, uint lane) {
+    static_assert(kMaxEntries == kSlots * kSimdWidth, "what the slots of all lanes hold");
+    UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+      const uint k = min(slot * kSimdWidth + lane, lookup.num_entries - 1);
+      ids[slot] = load_id(lookup, all_ids, token, k);
+      weights[slot] = read_weight(lookup, all_weights, token, k);
+    }
+  }
+
+  METAL_FUNC void resolve(constant Lookup& lookup, constant Forward& params, bool padding,
+                          uint token, uint lane, device ErrorMessages* errors) {
+    UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+      const uint k = slot * kSimdWidth + lane;
+      int64_t row = kNoRow;
+      if (k < lookup.num_entries) row = resolve_row(lookup, ids[slot], padding, k, token, errors);
+      rows[slot] = vote(row != kNoRow);
+      offsets[slot] =
+          row == kNoRow ? 0 : k * params.table_entry_stride + row * params.table_row_stride;
+    }
+  }
+
+  // What the lane that looks after entry k knows, on all lanes.
+  METAL_FUNC bool has_row(uint k) const {
+    return ((k < kSimdWidth ? rows[0] : rows[1]) >> k % kSimdWidth & 1) != 0;
+  }
+  METAL_FUNC int64_t offset_of(uint k) const {
     return shuffle(k < kSimdWidth ? offsets[0] : offsets[1], k % kSimdWidth);
   }
-  METAL_FUNC float weight(uint k) const {
+  METAL_FUNC float weight_of(uint k) const {
     return shuffle(k < kSimdWidth ? weights[0] : weights[1], k % kSimdWidth);
   }
 };
 
-METAL_FUNC LaneEntries load_entries(constant Lookup& lookup, constant Forward& params,
-                                    device const void* ids, device const float* weights,
-                                    TokenOffsets offsets, uint token, uint lane,
-                                    device ErrorMessages* errors) {
-  LaneEntries entries;
-  UNROLL for (int i = 0; i < kLaneEntries; ++i) {
-    const uint k = i * kSimdWidth + lane;
-    entries.offsets[i] = kNoRow;
-    entries.weights[i] = 1.0f;
-    if (k >= lookup.num_entries) continue;
-    const int64_t row = read_row(lookup, ids, offsets, k, token, errors);
-    if (row != kNoRow) {
-      entries.offsets[i] = k * params.table_entry_stride + row * params.table_row_stride;
-    }
-    entries.weights[i] = read_weight(lookup, weights, offsets, k);
-  }
-  return entries;
-}
-
 // ---------------------------------------------------------------------------------------------
 // Sums.
 
-// Adds kEntries entries from the k-th on to a lane's sums, all of their loads before the first sum.
-template <int kEntries, int N, typename Table>
-METAL_FUNC void add_rows(device const Table* table, LaneEntries entries, uint k,
-                         thread const uint (&columns)[kVectors],
-                         thread float (&sums)[kVectors][N]) {
-  Vector<Table, N> values[kEntries][kVectors];
-  bool present[kEntries];
-  UNROLL for (int e = 0; e < kEntries; ++e) {
-    const int64_t offset = entries.offset(k + e);
-    present[e] = offset != kNoRow;
-    device const Table* row = table + (present[e] ? offset : 0);
-    UNROLL for (int v = 0; v < kVectors; ++v) values[e][v] = load<N>(row + columns[v]);
+// The rows of kBatch entries from `entry` on, added in order: all of their loads before the first
+// sum.
+template <int kBatch, int N, typename Table>
+METAL_FUNC void add_rows(constant Lookup& lookup, device const Table* table, Entries entries,
+                         uint entry, uint first, uint lane, thread float (&sums)[kUnroll][N]) {
+  Vector<Table, N> terms[kBatch][kUnroll];
+  UNROLL for (int b = 0; b < kBatch; ++b) {
+    device const Table* row = table + entries.offset_of(entry + b);
+    UNROLL for (int u = 0; u < kUnroll; ++u) {
+      terms[b][u] = load<N>(row + column_at<N>(lookup, first, u, lane));
+    }
   }
-  UNROLL for (int e = 0; e < kEntries; ++e) {
-    const float weight = entries.weight(k + e);
-    UNROLL for (int v = 0; v < kVectors; ++v) {
+  UNROLL for (int b = 0; b < kBatch; ++b) {
+    const bool has_row = entries.has_row(entry + b);
+    const float weight = entries.weight_of(entry + b);
+    UNROLL for (int u = 0; u < kUnroll; ++u) {
       UNROLL for (int n = 0; n < N; ++n) {
-        const float term = values[e][v].get(n) * weight;
-        sums[v][n] += present[e] ? term : 0.0f;
+        const float term = terms[b][u].get(n) * weight;
+        sums[u][n] += has_row ? term : 0.0f;
       }
     }
   }
@@ -91,42 +139,41 @@ template <typename Table, typename Residual, typename Out, int N>
     uint threadgroup_index [[threadgroup_position_in_grid]],
     uint threadgroups [[threadgroups_per_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const bool has_residual = params.has_residual != 0;
-  const int64_t residual_stride = N == 1 ? lookup.activation_last_stride : 1;
   for (uint token = threadgroup_index * simdgroups + simdgroup; token < lookup.num_tokens;
        token += threadgroups * simdgroups) {
     const TokenOffsets offsets = token_offsets(lookup, token);
-    const LaneEntries entries =
-        load_entries(lookup, params, ids, weights, offsets, token, lane, errors);
-    const bool masked = is_padding(lookup, padding, offsets);
-    const uint num_entries = masked ? 0 : lookup.num_entries;
-    // What leaves the first term as it is; with weights eager's sum begins at +0.
-    const float start = masked || lookup.has_weights != 0 ? 0.0f : -0.0f;
+    device const Residual* token_residual = residual + offsets.activation;
+    Entries entries;
+    entries.request(lookup, ids, weights, offsets, lane);
+    const bool pads = is_padding(lookup, padding, offsets);
+    Vector<Residual, N> residuals[kUnroll];
+    load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);
+    entries.resolve(lookup, params, pads, token, lane, errors);
 
-    for (uint first = 0; first < lookup.num_columns; first += kVectors * kSimdWidth * N) {
-      uint columns[kVectors];  // past the last vector: the last one again, and not written
-      float sums[kVectors][N];
-      Vector<Residual, N> residuals[kVectors] = {};
-      UNROLL for (int v = 0; v < kVectors; ++v) {
-        columns[v] = min(first + (v * kSimdWidth + lane) * N, lookup.num_columns - N);
-        UNROLL for (int n = 0; n < N; ++n) sums[v][n] = start;
+    const bool has_rows = (entries.rows[0] | entries.rows[1]) != 0;
+    const uint num_entries = has_rows ? lookup.num_entries : 0;
+    // From -0 on, which changes no bit of the first term; with weights from +0, as eager's sum
+    // does. And +0 is the sum of no rows.
+    const float zero = has_rows && lookup.has_weights == 0 ? -0.0f : 0.0f;
+    for (uint first = 0; first < lookup.num_columns; first += kUnroll * kSimdWidth * N) {
+      if (first > 0) {
+        load_residuals<Residual, N>(lookup, params, token_residual, first, lane, residuals);
       }
-      if (has_residual) {
-        UNROLL for (int v = 0; v < kVectors; ++v) {
-          residuals[v] = load<N>(residual + offsets.activation + columns[v] * residual_stride);
-        }
-      }
+      float sums[kUnroll][N];
+      UNROLL for (int i = 0; i < kUnroll * N; ++i) sums[i / N][i % N] = zero;
       uint k = 0;
-      for (; k + 2 <= num_entries; k += 2) add_rows<2, N>(table, entries, k, columns, sums);
-      if (k < num_entries) add_rows<1, N>(table, entries, k, columns, sums);
-      UNROLL for (int v = 0; v < kVectors; ++v) {
+      for (; k + 2 <= num_entries; k += 2) {
+        add_rows<2, N>(lookup, table, entries, k, first, lane, sums);
+      }
+      if (k < num_entries) add_rows<1, N>(lookup, table, entries, k, first, lane, sums);
+      UNROLL for (int u = 0; u < kUnroll; ++u) {
         Vector<Out, N> results;
         UNROLL for (int n = 0; n < N; ++n) {
-          const float embedding = round_to(params.embedding, sums[v][n]);
-          results.set(n, has_residual ? residuals[v].get(n) + embedding : embedding);
+          results.set(n, residuals[u].get(n) + round_to(params.embedding, sums[u][n]));
         }
-        if (first + (v * kSimdWidth + lane) * N < lookup.num_columns) {
-          store(out + int64_t(token) * lookup.num_columns + columns[v], results);
+        if (has_column<N>(lookup, first, u, lane)) {
+          store(out + int64_t(token) * lookup.num_columns + column_at<N>(lookup, first, u, lane),
+                results);
         }
       }
     }
@@ -146,25 +193,27 @@ template <typename Bits, int N>
   for (uint token = threadgroup_index * simdgroups + simdgroup; token < lookup.num_tokens;
        token += threadgroups * simdgroups) {
     const TokenOffsets offsets = token_offsets(lookup, token);
+    const int64_t id = load_id(lookup, ids, offsets, 0);
+    const bool pads = is_padding(lookup, padding, offsets);
     int64_t row = kNoRow;
-    if (lane == 0) row = read_row(lookup, ids, offsets, 0, token, errors);
+    if (lane == 0) row = resolve_row(lookup, id, pads, 0, token, errors);  // one lane reports
     row = shuffle(row, 0);
-    if (is_padding(lookup, padding, offsets)) row = kNoRow;
     device const Bits* from = table + (row == kNoRow ? 0 : row * params.table_row_stride);
 
-    for (uint first = 0; first < lookup.num_columns; first += kVectors * kSimdWidth * N) {
-      Vector<Bits, N> values[kVectors];
-      UNROLL for (int v = 0; v < kVectors; ++v) {
-        values[v] =
-            load<N>(from + min(first + (v * kSimdWidth + lane) * N, lookup.num_columns - N));
+    for (uint first = 0; first < lookup.num_columns; first += kUnroll * kSimdWidth * N) {
+      Vector<Bits, N> values[kUnroll];
+      UNROLL for (int u = 0; u < kUnroll; ++u) {
+        values[u] = load<N>(from + column_at<N>(lookup, first, u, lane));
       }
       // Else a compiler moves a load to the store, which is conditional, and waits there.
       simdgroup_barrier(mem_flags::mem_none);
-      UNROLL for (int v = 0; v < kVectors; ++v) {
-        const uint column = first + (v * kSimdWidth + lane) * N;
-        if (row == kNoRow) values[v] = {};
-        if (column < lookup.num_columns) {
-          store(out + int64_t(token) * lookup.num_columns + column, values[v]);
+      UNROLL for (int u = 0; u < kUnroll; ++u) {
+        if (row == kNoRow) {
+          UNROLL for (int n = 0; n < N; ++n) values[u].set(n, 0.0f);
+        }
+        if (has_column<N>(lookup, first, u, lane)) {
+          store(out + int64_t(token) * lookup.num_columns + column_at<N>(lookup, first, u, lane),
+                values[u]);
         }
       }
     }

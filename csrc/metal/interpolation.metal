@@ -1,8 +1,9 @@
 // The second op: ids and weights of image patches, see vision_interpolation.h.
 //
-// One thread a patch, and one thread more. Each walks the images up to the one that has its patch.
-// The one more has no patch; it walks all images and sees that there are as many patches as the
-// caller said.
+//   vision_interpolation   a thread owns a patch, threadgroups and simdgroups nothing besides. It
+//                          walks the images up to the one that has its patch. One thread more has
+//                          none: it walks all images and sees that there are as many patches as the
+//                          caller said.
 
 #include "common.h"
 
@@ -15,7 +16,7 @@ constant constexpr char kErrorPatches[] =
 
 METAL_FUNC Frames read_frames(constant Interpolation& params, device const void* grid, uint image) {
   int64_t sizes[3];
-  for (int axis = 0; axis < 3; ++axis) {
+  UNROLL for (int axis = 0; axis < 3; ++axis) {
     const int64_t offset = image * params.grid_strides[0] + axis * params.grid_strides[1];
     sizes[axis] = params.grid_is_int64 != 0 ? static_cast<device const int64_t*>(grid)[offset]
                                             : static_cast<device const int32_t*>(grid)[offset];
@@ -44,19 +45,22 @@ template <int kTaps>
     const int64_t patches = is_negative(frames) ? 0 : count_patches(frames, left);
     const bool is_narrow = patches > 0 && frames.width < resampling.merge;
     if (is_negative(frames) || patches > left || is_narrow) {
-      if (has_patch) return;  // one thread says it
-      if (is_negative(frames)) return report(errors, kErrorNegative);
-      if (is_narrow) return report(errors, kErrorNarrow);
-      return report(errors, kErrorPatches);
+      constant const char* text = kErrorPatches;
+      if (is_narrow) text = kErrorNarrow;
+      if (is_negative(frames)) text = kErrorNegative;
+      if (!has_patch) report(errors, text);  // one thread says it
+      return;
     }
     if (patch < first + patches) {
       const auto taps =
           make_patch_taps<kTaps>(resampling, frames, static_cast<int32_t>(patch - first));
       const int64_t entry = int64_t(patch) * kTaps * kTaps;
-      for (int i = 0; i < kTaps; ++i) {
-        for (int j = 0; j < kTaps; ++j) {
-          ids[entry + i * kTaps + j] = taps.rows.entry[i] * resampling.side + taps.columns.entry[j];
-          weights[entry + i * kTaps + j] = multiply(taps.rows.weight[i], taps.columns.weight[j]);
+      UNROLL for (int i = 0; i < kTaps; ++i) {
+        UNROLL for (int j = 0; j < kTaps; ++j) {
+          ids[entry + i * kTaps + j] =
+              taps.vertical.index[i] * resampling.side + taps.horizontal.index[j];
+          weights[entry + i * kTaps + j] =
+              embedding_lookup::multiply(taps.vertical.weight[i], taps.horizontal.weight[j]);
         }
       }
       return;

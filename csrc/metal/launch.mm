@@ -9,9 +9,11 @@
 #import <Metal/Metal.h>
 
 #include <ATen/mps/MPSStream.h>
+#include <c10/metal/error.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <exception>
 #include <limits>
 #include <mutex>
@@ -21,12 +23,25 @@
 #include EMBEDDED_METALLIB_HEADER
 #include "arguments.h"
 #include "embedding_lookup.h"
+#include "pixel_scaling.h"
 #include "vision_interpolation.h"
 
 namespace embedding_lookup {
 namespace {
 
 namespace metal = embedding_lookup_metal;
+
+// What the shaders write is PyTorch's to read.
+using TorchErrors = c10::metal::ErrorMessages;
+using TorchError = c10::metal::ErrorMessage;
+static_assert(sizeof(metal::ErrorMessage) == sizeof(TorchError) &&
+              offsetof(metal::ErrorMessage, file) == offsetof(TorchError, file) &&
+              offsetof(metal::ErrorMessage, function) == offsetof(TorchError, func) &&
+              offsetof(metal::ErrorMessage, message) == offsetof(TorchError, message) &&
+              offsetof(metal::ErrorMessage, line) == offsetof(TorchError, line));
+static_assert(offsetof(TorchErrors, count) == 0 && sizeof(TorchErrors::count) == 4 &&
+              offsetof(TorchErrors, msg) == 4 &&
+              sizeof(TorchErrors::msg) == metal::kMaxErrors * sizeof(metal::ErrorMessage));
 
 [[noreturn]] void fail(const std::string& what, NSError* error) {
   const char* reason = error != nil ? error.localizedDescription.UTF8String : "no reason given";
@@ -47,9 +62,16 @@ id<MTLComputePipelineState> pipeline(id<MTLDevice> device, const std::string& na
   id<MTLFunction> function =
       [library newFunctionWithName:[NSString stringWithUTF8String:name.c_str()]];
   if (function == nil) fail("the Metal library has no function " + name, nil);
-  pipeline = [device newComputePipelineStateWithFunction:function error:&error];
+  id<MTLComputePipelineState> made = [device newComputePipelineStateWithFunction:function
+                                                                           error:&error];
   [function release];
-  if (pipeline == nil) fail("no pipeline for the Metal function " + name, error);
+  if (made == nil) fail("no pipeline for the Metal function " + name, error);
+  if (made.threadExecutionWidth != metal::kSimdWidth) {
+    const auto width = static_cast<int>(made.threadExecutionWidth);
+    [made release];
+    fail("simdgroups of this GPU have " + std::to_string(width) + " threads, not 32", nil);
+  }
+  pipeline = made;
   return pipeline;
 }
 
@@ -257,23 +279,34 @@ struct Workspace {
   Tensor addends[2], num_addends[2];  // merged from one into the other and back
 };
 
-Workspace make_workspace(const Lookup& lookup, int64_t num_tiles, torch::stable::Device device) {
+Workspace make_workspace(const Lookup& lookup, const metal::Backward& params,
+                         torch::stable::Device device) {
+  const int64_t num_tiles = params.num_tiles;
+  const int64_t tile_partials = params.tile_partials;
   auto make = [&](IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     return allocate("the backward's workspace", sizes, dtype, device);
   };
   auto make_addends = [&] {
     return make({num_tiles, metal::kTile, sizeof(metal::Addend)}, ScalarType::Byte);
   };
-  Workspace workspace{
-      make({num_tiles, metal::kTile, sizeof(uint16_t)}, ScalarType::Byte),
-      make({num_tiles, metal::kTilePartials, sizeof(metal::Piece)}, ScalarType::Byte),
-      make({num_tiles}, ScalarType::Int),
-      make({num_tiles, metal::kTilePartials, lookup.num_columns}, ScalarType::Float),
-      make({lookup.total_rows()}, ScalarType::Int),
-      {make_addends(), make_addends()},
-      {make({num_tiles}, ScalarType::Int), make({num_tiles}, ScalarType::Int)}};
+  Workspace workspace{make({num_tiles, metal::kTile, sizeof(uint16_t)}, ScalarType::Byte),
+                      make({num_tiles, tile_partials, sizeof(metal::Piece)}, ScalarType::Byte),
+                      make({num_tiles}, ScalarType::Int),
+                      make({num_tiles, tile_partials, lookup.num_columns}, ScalarType::Float),
+                      make({lookup.total_rows()}, ScalarType::Int),
+                      {make_addends(), make_addends()},
+                      {make({num_tiles}, ScalarType::Int), make({num_tiles}, ScalarType::Int)}};
   torch::stable::zero_(workspace.starts);
   return workspace;
+}
+
+// Runs so long that a token's partials take no more than an eighth of a float32 row, whatever K is;
+// but no longer than a tile has tokens, so that of ids that are all the same each tile makes a
+// partial.
+int64_t min_run(int64_t num_entries) {
+  static_assert(metal::kMinRun * metal::kTile <= metal::kPiece * metal::kPiece,
+                "no run is longer than a piece, or there could be more pieces than runs");
+  return std::min(metal::kMinRun * num_entries, metal::kTile / num_entries);
 }
 
 // Encodes the launches of one backward.
@@ -351,6 +384,8 @@ class BackwardEncoder {
   static constexpr int64_t kMaxTiles = kMaxCount / (metal::kTile - kMaxEntries) + 1;
   static_assert(kMaxTiles * metal::kMaxThreads <= kMaxGrid &&
                 kMaxTiles * metal::kTileParts * kColumnThreads <= kMaxGrid);
+  // And an addend's index numbers all partials and all entries.
+  static_assert(kMaxTiles * (metal::kTile / metal::kMinRun) + kMaxCount <= kMaxGrid);
 
   // A shader whose simdgroups share the columns. They need be no more than there are blocks.
   void use_columns(const std::string& name, int64_t width) {
@@ -378,6 +413,7 @@ class BackwardEncoder {
 }  // namespace
 
 void launch_backward(const Lookup& lookup, torch::stable::Device device) {
+  static_assert(metal::kTile <= 1 << 16, "16 bits number a tile's entries");
   const metal::Lookup shader_params = shader_lookup(lookup);
   check(lookup.total_rows() <= kMaxCount, "table of shape [",
         lookup.rows_per_entry == 0 ? "" : std::to_string(lookup.num_entries) + ", ",
@@ -389,10 +425,12 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
   params.total_rows = static_cast<uint32_t>(lookup.total_rows());
   params.num_tiles = static_cast<uint32_t>(num_tiles);
   params.tile_entries = static_cast<uint32_t>(tile_entries);
+  params.min_run = static_cast<uint32_t>(min_run(lookup.num_entries));
+  params.tile_partials = metal::kTile / params.min_run;
   const int64_t width = can_vectorise_activation(lookup) ? metal::kVectorWidth : 1;
 
   // Not in the stream's queue: PyTorch takes it for the zeros.
-  const Workspace workspace = make_workspace(lookup, num_tiles, device);
+  const Workspace workspace = make_workspace(lookup, params, device);
   on_stream([&](Encoder& encoder) {
     BackwardEncoder backward(encoder, lookup, shader_params, params, workspace);
     if (num_tiles > 0) {
@@ -407,7 +445,7 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
 // ---------------------------------------------------------------------------------------------
 // Interpolation.
 
-void launch_interpolation(const Interpolation& interpolation, torch::stable::Device device) {
+void launch_interpolation(const Interpolation& interpolation, torch::stable::Device) {
   constexpr int64_t kThreads = 256;
   check(interpolation.num_images <= kMaxCount, "grid_thw must have at most ", kMaxCount,
         " images on MPS, got ", interpolation.num_images);
@@ -418,16 +456,40 @@ void launch_interpolation(const Interpolation& interpolation, torch::stable::Dev
   params.num_patches = static_cast<uint32_t>(interpolation.num_patches);
   params.grid_is_int64 = interpolation.grid_thw.dtype == ScalarType::Long;
   // With nothing to write, or no images, something has to be bound all the same.
-  const Tensor stand_in = allocate("a stand-in", {1}, ScalarType::Int, device);
+  const Operand& stand_in =
+      interpolation.grid_thw.present() ? interpolation.grid_thw : interpolation.ids;
+  if (!stand_in.present()) return;  // no images and no patches
   on_stream([&](Encoder& encoder) {
     encoder.use(interpolation.bicubic ? "vision_interpolation_4" : "vision_interpolation_2",
                 kThreads);
     encoder.set(metal::kInterpolation, params);
-    encoder.bind(metal::kGrid, interpolation.grid_thw, output(stand_in));
-    encoder.bind(metal::kPatchIds, interpolation.ids, output(stand_in));
-    encoder.bind(metal::kPatchWeights, interpolation.weights, output(stand_in));
+    encoder.bind(metal::kGrid, interpolation.grid_thw, stand_in);
+    encoder.bind(metal::kPatchIds, interpolation.ids, stand_in);
+    encoder.bind(metal::kPatchWeights, interpolation.weights, stand_in);
     const int64_t threads = int64_t{encoder.simdgroups()} * metal::kSimdWidth;
     encoder.dispatch(divide_up(interpolation.num_patches + 1, threads));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Scaling.
+
+void launch_scaling(const Scaling& scaling, torch::stable::Device) {
+  constexpr int64_t kThreads = 256;
+  const bool vectorise = scaling.count % metal::kVectorWidth == 0 &&
+                         can_vectorise(scaling.pixels, nullptr, 0) &&
+                         can_vectorise(scaling.out, nullptr, 0);
+  const int64_t width = vectorise ? metal::kVectorWidth : 1;
+  const metal::Scaling params{scaling.count / width};
+  const std::string name = shader_name(
+      "scale_pixels", {shader_dtype(scaling.pixels.dtype), shader_dtype(scaling.out.dtype)}, width);
+  on_stream([&](Encoder& encoder) {
+    encoder.use(name, kThreads);
+    encoder.set(metal::kScaling, params);
+    encoder.bind(metal::kPixels, scaling.pixels);
+    encoder.bind(metal::kScaled, scaling.out);
+    const int64_t threads = int64_t{encoder.simdgroups()} * metal::kSimdWidth;
+    encoder.dispatch(divide_up(params.num_vectors, threads * metal::kScaledVectors));
   });
 }
 

@@ -133,9 +133,9 @@ class SimtMetal(Simt):
             '-DEMBEDDED_METALLIB_HEADER=\\"metallib.h\\"',
             "-DEMBEDDED_METALLIB_NAMESPACE=simt_metal",
         ]
-        # Fast math, as Metal's compiler has it unless the source says otherwise. Wider vectors than
-        # the source's would be accesses that the engine isn't told of.
-        shader = "-ffast-math -fno-vectorize -fno-slp-vectorize -fsanitize=thread"
+        # Fast math, as Metal's compiler has it unless the source says otherwise, and a division that isn't
+        # rounded correctly. Wider vectors than the source's would be accesses that the engine isn't told of.
+        shader = "-ffast-math -mrecip=all:0 -fno-vectorize -fno-slp-vectorize -fsanitize=thread"
         reflect_flags = f"{CLANG} -MD -MF $out.d -MT $out -D__METAL_VERSION__=400 -I{stand_ins}"
         steps = [
             f"{sys.executable} {stand_ins / 'reflect.py'} {reflect_flags} -- $in $out.cpp",

@@ -36,7 +36,7 @@ struct Fiber {
 struct Warp {
   uint32_t mask, arrived;
   uint64_t arriving[kWarpSize], arrived_values[kWarpSize];
-  uint32_t epoch;  // warp operations so far
+  uint32_t epoch;  // barriers so far
 };
 
 // Who touched a granule. `run` numbers blocks across all launches.
@@ -268,8 +268,8 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic = fals
   for (size_t i = first; i <= last; ++i) record(*found, i, write, atomic);
 }
 
-// One round of a warp operation: returns what each lane brought.
-const uint64_t* exchange(uint32_t mask, uint64_t value) {
+// One round of a warp operation: returns what each lane brought. Memory is ordered by a barrier.
+const uint64_t* exchange(uint32_t mask, uint64_t value, bool is_barrier = false) {
   Warp& warp = current_warp();
   const uint32_t lane = uint32_t{1} << current_index() % kWarpSize;
   if ((mask & lane) == 0) fail("thread %u is not in its own mask %08x", current_index(), mask);
@@ -283,7 +283,7 @@ const uint64_t* exchange(uint32_t mask, uint64_t value) {
   if (warp.arrived == mask) {
     std::copy_n(warp.arriving, kWarpSize, warp.arrived_values);
     warp.arrived = 0;
-    ++warp.epoch;
+    if (is_barrier) ++warp.epoch;
     Fiber* first = fibers + current_index() / kWarpSize * kWarpSize;
     for (unsigned i = 0; i < kWarpSize; ++i) {
       if (mask >> i & 1) first[i].state = State::kReady;
@@ -359,6 +359,8 @@ void sync_block() {
     yield();
   }
 }
+
+void sync_warp() { exchange(0xffffffff, 0, true); }
 
 uint64_t shuffle(uint32_t mask, uint64_t value, unsigned source) {
   const uint64_t* values = exchange(mask, value);

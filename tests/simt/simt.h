@@ -10,7 +10,8 @@
 //   - an access outside the op's tensors, the block's shared memory and the thread's own stack, a
 //     write to a tensor that was taken as const, an access not aligned to its size;
 //   - a race: two threads, at least one writing, not both atomically, with no barrier between them
-//     (of the block, or of the warp within one), or in two blocks of one launch;
+//     (of the block, or of the warp within one; a vote, a match or a shuffle is none), or in two
+//     blocks of one launch;
 //   - a barrier or a warp operation that some threads never reach, lanes that disagree on the mask,
 //     a lane that is not in its own mask, a shuffle from a lane that isn't;
 //   - more shared memory than was asked for, a device-side assertion.
@@ -49,6 +50,7 @@ unsigned num_threads();
 unsigned block_index();
 unsigned num_blocks();
 void sync_block();
+void sync_warp();  // the one warp operation that orders memory
 uint64_t shuffle(uint32_t mask, uint64_t value, unsigned source);
 uint32_t ballot(uint32_t mask, bool predicate);
 uint32_t match(uint32_t mask, uint64_t value);  // the lanes that brought the same value

@@ -96,17 +96,17 @@ AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void**
 
 AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  if (holding) {
-    held.push_back(tensor);
-    return AOTI_TORCH_SUCCESS;
-  }
-  simt::drop_memory(tensor);
   {
     const std::lock_guard<std::mutex> lock(storages_mutex);
     storages.erase(std::remove_if(storages.begin(), storages.end(),
                                   [&](const Storage& storage) { return storage.owner == tensor; }),
                    storages.end());
   }
+  if (holding) {
+    held.push_back(tensor);
+    return AOTI_TORCH_SUCCESS;
+  }
+  simt::drop_memory(tensor);
   return __real_aoti_torch_delete_tensor_object(tensor);
 }
 

@@ -1,7 +1,7 @@
 """The op's derivatives and batching rule: what autograd, forward-mode AD and torch.func see of it.
 
 Forward is linear in the table and the residual, and backward is its adjoint: each is the other's
-derivative. Both stand on the `Autograd` dispatch key, where `torch.func` meets them once for every
+derivative. They and the scaling of pixels stand on the `Autograd` dispatch key, where `torch.func` meets them once for every
 level of a nested transform. PyTorch has no public way to register a forward-mode derivative there;
 on a version that lacks one of the private names below, transforms are refused.
 """
@@ -20,6 +20,7 @@ from ._ops import add_op_namespace_prefix, ops
 try:
     from torch._C import (
         _after_autograd_keyset,
+        _any_requires_grad,
         _are_functorch_transforms_active,
         _is_fwd_grad_enabled,
     )
@@ -33,17 +34,22 @@ except ImportError as error:
 else:
     MISSING = None
 
-FORWARD, BACKWARD = ops.forward.default, ops.backward.default
+FORWARD, BACKWARD, SCALING = ops.forward.default, ops.backward.default, ops.scaling.default
 _library = torch.library.Library(add_op_namespace_prefix("").rstrip(":"), "IMPL")
+
+
+_ID_TOO_LARGE = "fused_embedding_lookup: position_ids must be less than the "
 
 
 def raise_by_class(error: RuntimeError, tensor: Tensor) -> None:
     """Give an error of the extension the class that callers catch it by.
 
     It leaves the extension as a string, and the class is lost on the way: that of running out of CUDA's
-    memory, and since torch 2.15 that of a bad argument.
+    memory, and since torch 2.15 that of a bad argument. Nothing promises to keep an id's IndexError.
     """
     text = str(error)
+    if type(error) is RuntimeError and text.startswith(_ID_TOO_LARGE):
+        raise IndexError(text) from error
     if type(error) is RuntimeError and text.startswith("fused_embedding_lookup: "):
         raise ValueError(text) from error
     if type(error) is RuntimeError and tensor.is_cuda and " out of memory." in text:
@@ -76,12 +82,19 @@ def records_nothing(position_ids, table, weights, padding, residual) -> bool:
         and type(residual) in _PLAIN_OR_NONE
         and forward_ad._current_level < 0
         and not _are_functorch_transforms_active()
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(table, weights, residual))
+        and not (torch.is_grad_enabled() and _any_requires_grad(table, weights, residual))
     )
 
 
-def refuse_missing_derivative(tensor: Tensor) -> None:
-    """Forward-mode AD where it could not be registered: PyTorch would take the tangent for zero."""
+def check_tensor(name: str, tensor) -> None:
+    """What is not a tensor is named. (The extension checks the rest.)
+
+    So is forward-mode AD where it could not be registered: PyTorch would take the tangent for zero.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"fused_embedding_lookup: {name} must be a tensor, got {type(tensor).__name__}"
+        )
     if MISSING is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
             f"fused_embedding_lookup: no forward-mode derivative on torch {torch.__version__}, "
@@ -169,6 +182,19 @@ def _backward_jvp(ctx, grad, _ids, weights, *_):
     return call(BACKWARD, grad, position_ids, weights, padding, ctx.padding_id, *ctx.rows)
 
 
+def _scaling_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.pixels_dtype, ctx.out_dtype = inputs[0].dtype, output.dtype
+
+
+def _scaling_backward(ctx, grad):
+    return None if grad is None else 2 * grad.to(ctx.pixels_dtype), None
+
+
+def _scaling_jvp(ctx, pixel_values, *_):
+    return (2 * pixel_values).to(ctx.out_dtype)
+
+
 def _register(op, setup, backward, jvp) -> None:
     """The derivatives of `op`, as a kernel on its `Autograd` key."""
 
@@ -206,6 +232,7 @@ def _register(op, setup, backward, jvp) -> None:
 for _op, *_derivatives in (
     (FORWARD, _forward_setup, _forward_backward, _forward_jvp),
     (BACKWARD, _backward_setup, _backward_backward, _backward_jvp),
+    (SCALING, _scaling_setup, _scaling_backward, _scaling_jvp),
 ):
     if MISSING is None:
         _register(_op, *_derivatives)
@@ -231,8 +258,12 @@ def _batch_first(size: int, dims, tensors) -> list:
     return result
 
 
-def _one_sample(arguments, dims) -> list:
-    return [x if dim is None else x.select(dim, 0) for x, dim in zip(arguments, dims)]
+def _refuse_shapes(op, arguments, dims):
+    """Raises what `op` says of one sample; or, where it sees fake tensors and so says nothing, this."""
+    sample = [x if dim is None else x.select(dim, 0) for x, dim in zip(arguments, dims)]
+    call(op, *sample)
+    shapes = [[*x.shape] for x in sample if isinstance(x, Tensor)]
+    raise ValueError(f"fused_embedding_lookup: no batching rule for samples of shapes {shapes}")
 
 
 def _fold(position_ids: Tensor, shape, padding_id) -> Tensor:
@@ -243,7 +274,7 @@ def _fold(position_ids: Tensor, shape, padding_id) -> Tensor:
     *axes, num_rows = shape
     tables = math.prod(axes, start=position_ids.shape[0])
     first = torch.arange(tables, device=position_ids.device) * num_rows
-    first = first.view(position_ids.shape[0], *[1] * (position_ids.dim() - 2), -1)
+    first = first.view(position_ids.shape[0], *[1] * (position_ids.dim() - 2), math.prod(axes))
     folded = first + position_ids.clamp(min=0)
     folded = torch.where(position_ids < num_rows, folded, tables * num_rows)
     if padding_id is not None:
@@ -258,7 +289,7 @@ def _naming_ids(position_ids, shape, padding_id):
         yield
     except IndexError:
         table = position_ids.new_zeros((*shape, 1), dtype=torch.float32)
-        FORWARD(position_ids, table, None, None, None, padding_id, None)  # raises
+        call(FORWARD, position_ids, table, None, None, None, padding_id, None)  # raises
         raise
 
 
@@ -267,31 +298,35 @@ def _forward_vmap(info, dims, *arguments):
     per_token = [*arguments[:1], *arguments[2:5]]
     position_ids, *per_token = _batch_first(info.batch_size, (dims[0], *dims[2:5]), per_token)
     if position_ids.dim() < 2:
-        return FORWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(FORWARD, arguments, dims)
     if dims[1] is None:
         return FORWARD(position_ids, table, *per_token, padding_id, embedding_dtype), 0
     table = table.movedim(dims[1], 0)
     shape = tuple(table.shape[1:-1])
     if len(shape) == 0 or shape[:-1] not in ((), (position_ids.shape[-1],)):
-        return FORWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(FORWARD, arguments, dims)
     folded, all_rows = _fold(position_ids, shape, padding_id), _readable(table.flatten(0, -2))
     options = None if padding_id is None else -1, embedding_dtype
     with _naming_ids(position_ids, shape, padding_id):
-        return FORWARD(folded, all_rows, *per_token, *options), 0
+        return call(FORWARD, folded, all_rows, *per_token, *options), 0
 
 
 def _backward_vmap(info, dims, *arguments):
     padding_id, num_rows, shared, dtype = arguments[4:]
     grad, position_ids, *per_token = _batch_first(info.batch_size, dims, arguments[:4])
     if position_ids.dim() < 2 or grad.dim() < 2 or num_rows < 0:
-        return BACKWARD(*_one_sample(arguments, dims)), None  # raises
+        _refuse_shapes(BACKWARD, arguments, dims)
     shape = (num_rows,) if shared else (position_ids.shape[-1], num_rows)
     folded = _fold(position_ids, shape, padding_id)
     options = None if padding_id is None else -1, info.batch_size * math.prod(shape), True, dtype
     with _naming_ids(position_ids, shape, padding_id):
-        table = BACKWARD(grad, folded, *per_token, *options)
+        table = call(BACKWARD, grad, folded, *per_token, *options)
     return table.unflatten(0, (info.batch_size, *shape)), 0
 
 
 torch.library.register_vmap(add_op_namespace_prefix("forward"), _forward_vmap)
 torch.library.register_vmap(add_op_namespace_prefix("backward"), _backward_vmap)
+torch.library.register_vmap(
+    add_op_namespace_prefix("scaling"),
+    lambda info, dims, pixel_values, dtype: (SCALING(pixel_values, dtype), dims[0]),
+)

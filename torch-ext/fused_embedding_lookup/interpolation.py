@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from . import sharding
 from ._ops import add_op_namespace_prefix, ops
-from .autograd import call
+from .autograd import call, check_tensor
 
 _TAPS = {"bilinear": 2, "bicubic": 4}  # on each of the two axes
 _PADDINGS = ("border", "zeros")
@@ -46,7 +47,8 @@ def vision_interpolation_indices_and_weights(
     Raises:
         ValueError: An argument is not what it says above; on the CPU also if the grids don't have
             ``num_patches`` patches, or one is negative or narrower than ``spatial_merge_size``. Those
-            three are a device-side assertion on CUDA.
+            three are a device-side assertion on CUDA, on MPS an error at the next synchronisation.
+        TypeError: ``grid_thw`` is not a tensor.
     """
     if mode not in _TAPS:
         raise ValueError(f"fused_embedding_lookup: mode must be one of {list(_TAPS)}, got {mode!r}")
@@ -54,6 +56,8 @@ def vision_interpolation_indices_and_weights(
         raise ValueError(
             f"fused_embedding_lookup: padding must be one of {list(_PADDINGS)}, got {padding!r}"
         )
+    check_tensor("grid_thw", grid_thw)
+    sharding.ensure_registered([grid_thw])
     return call(
         ops.interpolation.default,
         grid_thw,

@@ -13,8 +13,10 @@ from operator import attrgetter
 import torch
 from torch import nn
 
+from .autograd import check_tensor
 from .interpolation import vision_interpolation_indices_and_weights
 from .op import fused_embedding_lookup
+from .pixels import scale_pixels
 
 
 def _original_in_onnx_export(forward):
@@ -58,11 +60,12 @@ class Gemma4VisionPatchEmbedder(nn.Module):
         Returns:
             ``[batch, patches, hidden_size]``
         """
-        pixel_values = 2 * (pixel_values - 0.5)
+        if not pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(torch.get_default_dtype())
         target_dtype = self.input_proj.weight.dtype
-        if target_dtype.is_floating_point:
-            pixel_values = pixel_values.to(target_dtype)
-        hidden_states = self.input_proj(pixel_values)
+        if not target_dtype.is_floating_point:  # quantised
+            target_dtype = pixel_values.dtype
+        hidden_states = self.input_proj(scale_pixels(pixel_values, target_dtype))
         if _overrides_position_embeddings(self):
             return hidden_states + self._position_embeddings(pixel_position_ids, padding_positions)
         hidden_states, position_ids, padding = _broadcast(
@@ -153,7 +156,7 @@ class Gemma4UnifiedVisionEmbedder(nn.Module):
         return output.to_tuple() if return_dict is False else output
 
 
-def _indices_and_weights(layer, grid_thw, num_patches, kwargs, spatial_merge_size=1):
+def _indices_and_weights(layer, grid_thw, hidden_states, kwargs, spatial_merge_size=1):
     """Those that the caller has computed before, or ours: as transformers' function takes them.
 
     `layer` says how its grid of position embeddings is resampled. Both are taken out of `kwargs`.
@@ -161,10 +164,16 @@ def _indices_and_weights(layer, grid_thw, num_patches, kwargs, spatial_merge_siz
     indices, weights = kwargs.pop("interp_indices", None), kwargs.pop("interp_weights", None)
     if indices is not None and weights is not None:
         return indices, weights
+    check_tensor("grid_thw", grid_thw)
+    if grid_thw.device != hidden_states.device:
+        raise ValueError(
+            "fused_embedding_lookup: grid_thw must be on the device of hidden_states, "
+            f"{hidden_states.device}, got {grid_thw.device}"
+        )
     return vision_interpolation_indices_and_weights(
         grid_thw,
         layer.num_grid_per_side,
-        num_patches=num_patches,
+        num_patches=hidden_states.shape[0],
         mode=layer.interpolation_mode,
         align_corners=layer.interpolation_align_corners,
         spatial_merge_size=spatial_merge_size,
@@ -172,32 +181,49 @@ def _indices_and_weights(layer, grid_thw, num_patches, kwargs, spatial_merge_siz
     )
 
 
-def _table(embedding: nn.Module, num_rows: int, device: torch.device) -> torch.Tensor:
-    """What `embedding` looks ids up in, `[num_rows, H]` or more rows.
+def _is_plain(embedding: nn.Module) -> bool:
+    """Whether a call of `embedding` reads its weight, and does nothing else.
 
-    That is the weight of a plain `nn.Embedding`. Anything that changes what a call of it means (a
-    subclass, as of FSDP2 or a parametrization, a wrapper, as of LoRA, hooks, as of ZeRO-3 and offloading,
-    a `padding_idx`, whose row gets no gradient, a quantised weight) is called, once, with all ids.
+    Not so: a subclass, as of FSDP2 or a parametrization, a wrapper, as of LoRA, hooks, as of ZeRO-3 and
+    offloading, a `padding_idx`, whose row gets no gradient, a quantised weight.
     """
-    plain = (
+    return (
         type(embedding) is nn.Embedding
         and type(embedding.weight) is nn.Parameter
         and embedding.padding_idx is None
-        and embedding.max_norm is None
-        and not embedding.scale_grad_by_freq
-        and not embedding.sparse
+        and not _counts_ids(embedding)
         and "forward" not in vars(embedding)  # where accelerate puts its hooks
         and not embedding._forward_hooks
         and not embedding._forward_pre_hooks
         and not embedding._backward_hooks
         and not embedding._backward_pre_hooks
+        and not nn.modules.module._has_any_global_hook()
     )
-    return embedding.weight if plain else embedding(torch.arange(num_rows, device=device))
+
+
+def _counts_ids(embedding: nn.Module) -> bool:
+    """Whether it matters which ids a call looks up, and how often: in it, or in what it wraps.
+
+    A row's gradient is divided by how often it is looked up, rows that are looked up are renormalised, a
+    sparse gradient has the rows that were looked up.
+    """
+    return any(
+        module.scale_grad_by_freq or module.max_norm is not None or module.sparse
+        for module in embedding.modules()
+        if isinstance(module, nn.Embedding)
+    )
 
 
 def _add_embeddings(layer, hidden_states, embedding, indices, weights):
     """hidden_states + (embedding(indices) * weights[:, :, None]).sum(1).to(hidden_states.dtype)"""
-    table = _table(embedding, layer.num_grid_per_side**2, hidden_states.device)
+    if _is_plain(embedding):
+        table = embedding.weight
+    elif _counts_ids(embedding):
+        embeddings = (embedding(indices) * weights[:, :, None]).sum(1)
+        return hidden_states + embeddings.to(hidden_states.dtype)
+    else:  # called once, with all ids
+        ids = torch.arange(layer.num_grid_per_side**2, device=hidden_states.device)
+        table = embedding(ids)
     return fused_embedding_lookup(
         indices,
         table,
@@ -242,7 +268,7 @@ class VisionInterpolatedPositionEmbedding(nn.Module):
             ``[patches, hidden_size]``, of the dtype of ``hidden_states``.
         """
         indices, weights = _indices_and_weights(
-            self, grid_thw, hidden_states.shape[0], kwargs, self.spatial_merge_size
+            self, grid_thw, hidden_states, kwargs, self.spatial_merge_size
         )
         return _add_embeddings(self, hidden_states, pos_embed, indices, weights)
 
@@ -278,12 +304,18 @@ class PaddleOCRVisionEmbeddings(nn.Module):
         pixels = pixel_values.flatten(0, 1).to(self.patch_embedding.weight.dtype)
         hidden_states = self.patch_embedding(pixels).flatten(-2).squeeze(-1)
         hidden_states = hidden_states.reshape(pixels.shape[0], -1)
-        indices, weights = _indices_and_weights(self, grid_thw, pixels.shape[0], kwargs)
+        indices, weights = _indices_and_weights(self, grid_thw, hidden_states, kwargs)
         return _add_embeddings(self, hidden_states, self.position_embedding, indices, weights)
 
 
+def _transposed(grid_thw: torch.Tensor) -> torch.Tensor:
+    """With which the table is read at (column, row)."""
+    frames, height, width = grid_thw.unbind(1)
+    return torch.stack((frames, width, height), dim=1)
+
+
 class MuseGlimmerVisionPatchEmbedder(nn.Module):
-    """`transformers`' class of this name."""
+    """`transformers`' class of this name, which reads the table at (column, row) since 5.24."""
 
     has_backward = True
     can_torch_compile = True
@@ -312,12 +344,15 @@ class MuseGlimmerVisionPatchEmbedder(nn.Module):
             ``[patches, hidden_size]``
         """
         hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        indices, weights = _indices_and_weights(self, grid_thw, hidden_states.shape[0], kwargs)
+        major, minor = sys.modules["transformers"].__version__.split(".")[:2]
+        if (int(major), int(minor)) >= (5, 24):
+            grid_thw = _transposed(grid_thw)
+        indices, weights = _indices_and_weights(self, grid_thw, hidden_states, kwargs)
         return _add_embeddings(self, hidden_states, self.position_embedding_table, indices, weights)
 
 
 class MuseSparkVisionPatchEmbedder(nn.Module):
-    """`transformers`' class of this name: MuseGlimmer's, with the table read at (column, row)."""
+    """`transformers`' class of this name, which reads the table at (column, row)."""
 
     has_backward = True
     can_torch_compile = True
@@ -346,9 +381,7 @@ class MuseSparkVisionPatchEmbedder(nn.Module):
             ``[patches, hidden_size]``
         """
         hidden_states = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        frames, height, width = grid_thw.unbind(1)
-        transposed = torch.stack((frames, width, height), dim=1)
-        indices, weights = _indices_and_weights(self, transposed, hidden_states.shape[0], kwargs)
+        indices, weights = _indices_and_weights(self, _transposed(grid_thw), hidden_states, kwargs)
         return _add_embeddings(self, hidden_states, self.position_embedding_table, indices, weights)
 
 
@@ -381,7 +414,7 @@ class Kimi_K25VisionPositionEmbeddings(nn.Module):
             ``[patches, hidden_size]``
         """
         table = self.position_embeddings.flatten(0, 1)
-        indices, weights = _indices_and_weights(self, grid_thw, hidden_states.shape[0], kwargs)
+        indices, weights = _indices_and_weights(self, grid_thw, hidden_states, kwargs)
         # The original rounds the weights to the table's dtype.
         weights = weights.to(table.dtype).float()
         positions = fused_embedding_lookup(indices, table, weights=weights)

@@ -42,7 +42,8 @@ def fused_embedding_lookup(
         table: ``[K, P, H]``, one table for each axis, or ``[P, H]``, one that all axes share. float32,
             float16, bfloat16, or float64 on the CPU. Any strides with a unit last one.
         weights: ``[..., K]``, float32: each row is multiplied by its weight. No derivative is computed
-            for them. Any strides.
+            for them: where one would be recorded they are refused, under ``torch.no_grad`` weights
+            that require a gradient are taken. Any strides.
         padding: ``[...]``, bool. Where True, the embedding is zero. Any strides.
         padding_id: An axis whose id equals this adds zero.
         residual: ``[..., H]``, any of the table's dtypes. Added to the embedding. Any strides.
@@ -56,7 +57,7 @@ def fused_embedding_lookup(
         IndexError: An id is not less than P (CPU; a device-side assertion on CUDA; on MPS an error at
             the next synchronisation).
         ValueError: An argument has a shape, dtype, device or stride that the op does not take, or
-            ``weights`` require a gradient or carry a tangent.
+            ``weights`` require a gradient, where it would be recorded, or carry a tangent.
         TypeError: An argument is not a tensor.
         torch.OutOfMemoryError: CUDA has no memory for the result (on the CPU, a RuntimeError).
     """
@@ -83,11 +84,7 @@ def _check_tensors(position_ids, table, weights, padding, residual) -> None:
     optional = {"weights": weights, "padding": padding, "residual": residual}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     for name, tensor in {"position_ids": position_ids, "table": table, **given}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"fused_embedding_lookup: {name} must be a tensor, got {type(tensor).__name__}"
-            )
-        autograd.refuse_missing_derivative(tensor)
+        autograd.check_tensor(name, tensor)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("forward"))

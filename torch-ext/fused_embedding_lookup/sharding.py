@@ -10,8 +10,9 @@ from ._ops import ops
 
 def ensure_registered(arguments) -> None:
     """Teach DTensor the op, before its first call with one; importing DTensor takes most of a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(x, module.DTensor) for x in arguments):
+    # While another thread imports the module, it is there and has no DTensor yet.
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if dtensor is not None and any(isinstance(x, dtensor) for x in arguments):
         _register()
 
 
@@ -48,3 +49,12 @@ def _register() -> None:
         given = on(Replicate(), position_ids, weights, padding)
         inputs = [Shard(len(grad.shape) - 1), *given, None, None, None, None]
         return [*ways, ([Shard(1 if shared else 2)], inputs)]
+
+    @register_sharding(ops.interpolation.default)
+    def interpolation(grid_thw, *options):  # which images a rank's patches are of, no rank knows
+        return [([Replicate()] * 2, [Replicate(), *[None] * len(options)])]
+
+    @register_sharding(ops.scaling.default)
+    def scaling(pixel_values, dtype):
+        splits = [Replicate(), *(Shard(dim) for dim in range(len(pixel_values.shape)))]
+        return [([split], [split, None]) for split in splits]

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../simt.h"
 
@@ -40,7 +41,7 @@ inline void __syncthreads() { simt::sync_block(); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return simt::ballot(mask, predicate);
 }
-inline void __syncwarp() { simt::ballot(0xffffffff, true); }
+inline void __syncwarp() { simt::sync_warp(); }
 inline unsigned __match_any_sync(unsigned mask, unsigned value) { return simt::match(mask, value); }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -85,8 +86,8 @@ using std::min;
 
 // Host.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorStreamCaptureUnsupported };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -102,10 +103,26 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorStreamCaptureUnsupported
+             ? "operation not permitted when stream is capturing"
+             : "invalid argument";
+}
+extern bool refuses_launches;
+extern thread_local cudaError_t last_error;
+inline cudaError_t cudaPeekAtLastError() { return last_error; }
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+// As strict as the runtime is while a graph is captured, always: a kernel may be loaded only in the
+// relaxed mode.
+extern thread_local cudaStreamCaptureMode capture_mode;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
   return cudaSuccess;
+}
+inline cudaError_t loading_error() {
+  return capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess
+                                                      : cudaErrorStreamCaptureUnsupported;
 }
 struct cudaFuncAttributes {
   int ptxVersion;
@@ -113,7 +130,9 @@ struct cudaFuncAttributes {
 template <typename Params>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params)) {
   attributes->ptxVersion = 90;
-  return cudaSuccess;
+  const cudaError_t error = loading_error();
+  if (error != cudaSuccess) last_error = error;
+  return error;
 }
 
 // The shared memory of the one block that runs, and how much of it a kernel may ask for without a
@@ -135,9 +154,11 @@ struct CudaCall {
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
                                const Params& params) {
-  if (config->dynamicSmemBytes > kMaxSharedBytes) {
-    return cudaErrorInvalidValue;
+  cudaError_t error = loading_error();
+  if (config->dynamicSmemBytes > kMaxSharedBytes || refuses_launches) {
+    error = cudaErrorInvalidValue;
   }
+  if (error != cudaSuccess) return last_error = error;
   const CudaCall<Params> call{kernel, params};
   simt::launch(config->gridDim.x, config->blockDim.x, dynamic_shared_memory,
                config->dynamicSmemBytes, CudaCall<Params>::run, &call, config->numAttrs > 0);

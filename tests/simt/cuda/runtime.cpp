@@ -7,8 +7,17 @@
 #include "cuda_runtime.h"
 
 uint4 dynamic_shared_memory[kMaxSharedBytes / sizeof(uint4)];
+bool refuses_launches = false;
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 extern "C" {
+
+// For the tests: whether launches are refused, and what CUDA would say was the last error.
+__attribute__((visibility("default"))) void cuda_refuse_launches(bool refuse) {
+  refuses_launches = refuse;
+}
+__attribute__((visibility("default"))) int cuda_last_error() { return cudaPeekAtLastError(); }
 
 // The linker sends the extension's calls here (-Wl,--wrap).
 void __real___assert_fail(const char*, const char*, unsigned, const char*);

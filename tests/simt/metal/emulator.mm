@@ -7,15 +7,17 @@
 // second encoder on a command buffer, an encoder used after its end, a commit while one is open; a
 // stream or an encoder touched outside the stream's queue, an exception leaving that queue, waiting
 // for it inside it; a pipeline made twice, which is what comes of making them without a lock; an
-// object used after its last release; a buffer that is none, or that a shader takes and nobody
-// bound, bytes of another size than the shader's type; a larger threadgroup, more threadgroup
-// memory or more threads than there may be; an object autoreleased without a pool.
+// object used after its last release; a buffer that is none, or none any more when a shader is
+// dispatched, or that a shader takes and nobody bound, bytes of another size than the shader's
+// type; a larger threadgroup, more threadgroup memory or more threads than there may be; an object
+// autoreleased without a pool.
 
 #import <Foundation/Foundation.h>
 #import <Metal/Metal.h>
 
 #include <ATen/mps/MPSStream.h>
 #include <c10/metal/error.h>
+#include <link.h>
 #include <objc/runtime.h>
 
 #include <algorithm>
@@ -75,6 +77,11 @@ __attribute__((visibility("default"))) void metal_set_stream(unsigned stream) {
   current_stream = stream;
 }
 }
+
+// Out of line: the shaders' flags have divisions that aren't rounded correctly.
+namespace metal::precise {
+float divide(float a, float b) { return a / b; }
+}  // namespace metal::precise
 
 // ---------------------------------------------------------------------------------------------
 // Foundation.
@@ -243,6 +250,10 @@ int simt_metal::add_shaders(const Shader* shaders, size_t num_shaders) {
 - (NSUInteger)maxTotalThreadsPerThreadgroup {
   return max_threads;
 }
+- (NSUInteger)threadExecutionWidth {
+  const char* width = getenv("METAL_EMULATOR_SIMD_WIDTH");
+  return width == nullptr ? simt::kWarpSize : static_cast<NSUInteger>(atoi(width));
+}
 @end
 
 @interface EmulatedLibrary : NSObject <MTLLibrary>
@@ -290,6 +301,7 @@ constexpr size_t kMaxThreadgroupBytes = 32 << 10;
 constexpr unsigned kMaxBindings = 31;
 
 struct Binding {
+  const void* buffer = nullptr;
   const void* address = nullptr;
   std::vector<char> bytes;  // of setBytes
 };
@@ -308,9 +320,30 @@ std::mutex running_mutex;
 const Command* running = nullptr;
 alignas(16) char threadgroup_memory[kMaxThreadgroupBytes];
 
+// Shaders may read what is in the constant address space outside of functions: this library's
+// segments that can be neither written nor executed.
+int add_constants(dl_phdr_info* library, size_t, void*) {
+  const auto own = reinterpret_cast<ElfW(Addr)>(&add_constants);
+  const auto has_own = [&](const ElfW(Phdr) & segment) {
+    return segment.p_type == PT_LOAD &&
+           own - (library->dlpi_addr + segment.p_vaddr) < segment.p_memsz;
+  };
+  const auto* begin = library->dlpi_phdr;
+  const auto* end = begin + library->dlpi_phnum;
+  if (std::none_of(begin, end, has_own)) return 0;
+  for (const auto* segment = begin; segment != end; ++segment) {
+    if (segment->p_type != PT_LOAD || segment->p_flags != PF_R) continue;
+    const auto* address = reinterpret_cast<const void*>(library->dlpi_addr + segment->p_vaddr);
+    simt::add_memory(segment, address, segment->p_memsz, false);
+  }
+  return 1;
+}
+
 // Throws what the engine throws.
 void run(Command& command) {
   const std::lock_guard<std::mutex> lock(running_mutex);
+  static const int added = dl_iterate_phdr(add_constants, nullptr);
+  if (added != 1) die("the library's constants are not found");
   running = &command;
   for (Binding& binding : command.bindings) {
     if (binding.bytes.empty()) continue;
@@ -378,7 +411,9 @@ size_t buffer_bytes(const void* address);
   const size_t bytes = buffer_bytes(address);
   if (bytes == 0) die("what is bound as buffer %lu is no buffer", index);
   if (offset >= bytes) die("buffer %lu of %zu bytes is bound at %lu", index, bytes, offset);
-  [self bindingAt:index]->address = static_cast<const char*>(address) + offset;
+  Binding* binding = [self bindingAt:index];
+  binding->buffer = address;
+  binding->address = static_cast<const char*>(address) + offset;
 }
 - (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index {
   [self check:"bytes are bound"];
@@ -414,6 +449,11 @@ size_t buffer_bytes(const void* address);
     if ((shader->buffers >> i & 1) == 0) continue;
     if (next_->bindings[i].address == nullptr && next_->bindings[i].bytes.empty()) {
       die("%s is missing buffer %u", shader->name, i);
+    }
+    // It may have been let go since it was bound.
+    const void* buffer = next_->bindings[i].buffer;
+    if (buffer != nullptr && buffer_bytes(buffer) == 0) {
+      die("what %s has as buffer %u is no buffer any more", shader->name, i);
     }
   }
   if (shader->takes_threadgroup_memory && next_->threadgroup_bytes == 0) {
