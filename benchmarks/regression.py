@@ -25,9 +25,7 @@ import measure
 import torch
 
 BASELINE = measure.RESULTS / "baseline.json"
-ROUNDS = 15
 ATTEMPTS = 5
-DTYPES = ("fp32", "bf16", "fp16")
 MORE_INSTRUCTIONS = 1.02
 LEAST = 2  # times as fast as eager; 7 to 18 were measured
 
@@ -37,19 +35,18 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="write the committed counts")
-    # What this script calls itself with.
-    parser.add_argument("--ratios", action="store_true", help=argparse.SUPPRESS)
+    # What this script calls itself with, under valgrind.
     parser.add_argument("--launches", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    kernel = measure.load_kernel()
-    if args.ratios:
-        return print(json.dumps(ratios(kernel)))
+    kernel = measure.load_kernel("cpu")
     if args.launches:
         return launches(kernel)
     if shutil.which("valgrind") is None:
         sys.exit("error: valgrind is not installed (Debian: apt-get install valgrind)")
     if args.write:
-        return write(kernel)
+        row = measure.origin(kernel, "cpu", "make gate ARGS=--write") | {"compiler": compiler()}
+        BASELINE.write_text(json.dumps(row | {"instructions": instructions()}, indent=1) + "\n")
+        return print(f"Wrote {BASELINE}")
     if not BASELINE.exists():
         sys.exit(f"error: there is no {BASELINE}; `make gate ARGS=--write` measures it")
 
@@ -67,10 +64,13 @@ def report(name, passed, text):
 def compare_times():
     best = {}
     for _ in range(ATTEMPTS):
-        command = [sys.executable, __file__, "--ratios"]
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        ratios = json.loads(run.stdout)
-        best = {name: max(ratio, best.get(name, 0)) for name, ratio in ratios.items()}
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            script = measure.ROOT / "benchmarks" / "compare.py"
+            command = [sys.executable, script, "--list", "gate", "--json", file.name]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            for row in json.load(file):
+                name = f"{row['case']['direction']} {row['case']['dtype']}"
+                best[name] = max(row["ratio"]["eager"][0], best.get(name, 0))
         if all(ratio >= LEAST for ratio in best.values()):
             break
     failed = []
@@ -83,10 +83,11 @@ def compare_times():
 
 def compare_instructions(kernel):
     baseline = json.loads(BASELINE.read_text())
-    for what, here in (("machine", measure.machine(kernel)), ("compiler", compiler())):
-        if baseline[what] != here:
+    here = {"machine": measure.machine(kernel, "cpu"), "compiler": compiler()}
+    for what, this in here.items():
+        if baseline[what] != this:
             print(
-                f"instructions: not compared, counted with {what} {baseline[what]}, this is {here}"
+                f"instructions: not compared, counted with {what} {baseline[what]}, this is {this}"
             )
             return []
     failed = []
@@ -96,51 +97,9 @@ def compare_instructions(kernel):
     return failed
 
 
-def write(kernel):
-    rows = measure.origin(kernel, "make gate ARGS=--write") | {"compiler": compiler()}
-    measure.write(BASELINE, rows | {"instructions": instructions()})
-
-
 def compiler():
     command = [os.environ.get("CXX", "c++"), "--version"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[0]
-
-
-# ----- times --------------------------------------------------------------------------------------
-
-
-def ratios(kernel):
-    """How many times as fast as eager, by the median: B=8 N=2520 H=768 P=10240."""
-    result = {}
-    position_ids, padding = measure.images(8, 2520)
-    for name in DTYPES[:2]:
-        table = torch.randn(2, 10240, 768, dtype=measure.DTYPES[name], requires_grad=True)
-        residual = torch.randn(8, 2520, 768, dtype=table.dtype, requires_grad=True)
-        grad = torch.randn_like(residual)
-
-        def forward(peer):
-            with torch.no_grad():
-                return measure.timed(lambda: peer(position_ids, table, padding, residual))  # noqa: B023
-
-        def backward(peer):
-            out = peer(position_ids, table, padding, residual)  # noqa: B023
-            inputs = (table, residual)  # noqa: B023
-            return measure.timed(lambda: torch.autograd.grad(out, inputs, grad))  # noqa: B023
-
-        for run in (forward, backward):
-            label = f"{run.__name__} {name}"
-            peers = {"ours": measure.fused(kernel), "eager": measure.eager}
-            measurements = {n: lambda peer=peer: run(peer) for n, peer in peers.items()}  # noqa: B023
-            times = measure.interleaved(measurements, ROUNDS, label)
-            result[label] = measure.summary(times)["ratio"]["eager"][0]
-    return result
-
-
-# ----- instructions -------------------------------------------------------------------------------
-
-
-def cases():
-    return [(name, direction) for name in DTYPES for direction in ("forward", "backward")]
 
 
 def instructions():
@@ -157,30 +116,30 @@ def instructions():
         if run.returncode:
             sys.exit(f"error: the program under valgrind failed\n{run.stdout}{run.stderr}")
         counts = {}
-        for number, (name, direction) in enumerate(cases(), start=1):
+        for number, name in enumerate(run.stdout.split("\n")[:-1], start=1):
             dump = Path(folder, f"out.{number}").read_text()
-            counts[f"{direction} {name}"] = int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1])
-    if not all(counts.values()):
+            counts[name] = int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1])
+    if not counts or not all(counts.values()):
         sys.exit(f"error: callgrind did not see the launchers, it counted {counts}")
     return counts
 
 
 def launches(kernel):
-    """A small problem for each dtype, under callgrind. Dumps the counts after each direction."""
+    """A small problem for each dtype, under callgrind. Dumps the counts after each direction, and says its name."""
 
     def control(*arguments):
         command = ["callgrind_control", *arguments, str(os.getpid())]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
-    position_ids, padding = measure.images(1, 630)
     control("-i", "on")
-    for name in DTYPES:
-        table = torch.randn(2, 64, 768, dtype=measure.DTYPES[name], requires_grad=True)
-        residual = torch.randn(1, 630, 768, dtype=table.dtype)
-        out = measure.fused(kernel)(position_ids, table, padding, residual)
+    for dtype in measure.DTYPES:
+        given = measure.arguments(kernel, measure.Case(1, 630, rows=64, dtype=dtype))
+        out = kernel.fused_embedding_lookup(**given)
         control("--dump")
-        torch.autograd.grad(out, table, residual)
+        print(f"forward {dtype}")
+        torch.autograd.grad(out, given["table"], given["residual"])
         control("--dump")
+        print(f"backward {dtype}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The tables of both READMEs and the plots, from the JSON in benchmarks/results.
+"""The tables of the pages and the plots, from the JSON in benchmarks/results.
 
 make report
 make report ARGS=--check    # changes nothing; fails if they disagree with the JSON
+
+They stand between <!-- benchmarks: NAME --> and <!-- /benchmarks -->. What was not measured is not there.
 """
 
 import argparse
 import io
 import json
+import os
 import re
 import sys
 
@@ -14,481 +17,348 @@ import matplotlib
 
 matplotlib.use("svg")
 
+import cases
 import measure
-import scaling
+from cases import DIRECTIONS, each
 from matplotlib import pyplot
-from tabulate import tabulate
+from measure import Case
 
-PAGES = [measure.ROOT / "README.md", measure.ROOT / "benchmarks" / "README.md"]
-SOFT_TOKEN_PATCHES = [630, 1260, 2520, 5040, 10080]
+PAGES = [
+    p
+    for folder in (".", "benchmarks", "docs", "upstream")
+    for p in (measure.ROOT / folder).glob("*.md")
+]
 TRAINING_BATCH = 40  # of issue 46175 of transformers
 
-# ----- what was promised --------------------------------------------------------------------------
 
-# Device, shape, direction, dtype, peer, the least ratio of its time to ours. Against "copy" it is the
-# share of a copy's bandwidth: 2/3 is 1.5 times the time that a copy of the bytes takes.
-CPU = {"batch": 8, "patches": 2520, "hidden": 768, "rows": 10240, "ids": "grid"}
-INTERPOLATED = {"batch": 1, "hidden": 1152, "rows": 2304, "ids": "interpolated"}
-GPU = CPU | {"batch": 40}
-IMAGE = CPU | {"batch": 1}
-TARGETS = [
-    ("cpu", CPU, "forward", "fp32", "eager", 4),
-    ("cpu", CPU, "forward", "fp32", "torch.compile", 1.1),
-    ("cpu", CPU, "forward", "bf16", "eager", 7),
-    ("cpu", CPU, "forward", "bf16", "torch.compile", 1),
-    ("cpu", CPU, "backward", "fp32", "eager", 4),
-    ("cpu", CPU, "backward", "fp32", "torch.compile", 5),
-    ("cpu", CPU, "backward", "bf16", "eager", 4),
-    ("cpu", CPU, "backward", "bf16", "torch.compile", 8),
-    *(
-        ("cpu", INTERPOLATED | {"patches": patches}, direction, dtype, peer, least)
-        for direction, dtype, patches, *ratios in (
-            ("forward", "bf16", 256, 10, 2),
-            ("forward", "bf16", 4096, 30, 1.1),
-            ("forward", "bf16", 16384, 20, 1.1),
-            ("forward", "fp32", 256, 2, 1.5),
-            ("forward", "fp32", 4096, 20, 20),
-            ("forward", "fp32", 16384, 8, 8),
-            ("backward", "bf16", 256, 2, 8),
-            ("backward", "bf16", 4096, 8, 4),
-            ("backward", "bf16", 16384, 8, 4),
-        )
-        for peer, least in zip(("eager", "torch.compile"), ratios)
-    ),
-    ("cpu", CPU | {"ids": "random"}, "backward", "bf16", "copy", 0.25),
-    ("cpu", CPU | {"ids": "random"}, "backward", "fp32", "copy", 0.25),
-    *(
-        ("gpu", shape, direction, "bf16", peer, least)
-        for shape in (GPU, GPU | {"hidden": 1152})
-        for direction, peer, least in (
-            ("forward", "copy", 0.9),
-            ("forward", "eager", 5),
-            ("forward", "torch.compile", 1),
-            ("forward", "embedding_bag", 1.5),
-            ("backward", "copy", 2 / 3),
-            ("backward", "eager", 6),
-            ("backward", "torch.compile", 6),
-        )
-    ),
-    ("gpu", IMAGE, "forward", "bf16", "eager", 4),
-    ("gpu", GPU | {"ids": "random"}, "forward", "bf16", "copy", 0.8),
-    ("gpu", GPU | {"ids": "random"}, "backward", "bf16", "copy", 1 / 3),
-    *(
-        ("gpu", GPU | {"ids": "single"}, "forward", "bf16", peer, least)
-        for peer, least in (
-            ("copy", 0.9),
-            ("eager", 5),
-            ("torch.compile", 1),
-            ("embedding_bag", 1.5),
-        )
-    ),
-    ("gpu", GPU | {"ids": "single"}, "backward", "bf16", "copy", 1 / 2),
-]
-HOST_TARGET = 2  # times the host's time for one F.embedding
-LAUNCH_TARGETS = {"forward": "1", "backward": "≤ 4"}
-NO_GPU = "not measured yet: no GPU"
-# Why one isn't met, by the text in its first cell.
-REASONS = {}
-
-
-def target_rows(rows):
-    for device, shape, direction, dtype, peer, least in TARGETS:
-        of = "of a copy's bandwidth" if peer == "copy" else f"vs {peer}"
-        name = f"{device.upper()} {direction} {dtype}, {shape_text(shape)}, {of}"
-        result = {"": name, "target": f"≥ {ratio_text(peer, least)}"}
-        row = find(rows, device, shape, direction, dtype, peer)
-        if row is None:
-            result["measured"] = NO_GPU if device == "gpu" else "not measured yet"
-        else:
-            _, low, high = row["ratio"][peer]
-            met = "met" if low >= least else "missed" if high < least else "not certain"
-            reason = REASONS.get(name)
-            result |= {
-                "measured": interval_text(peer, row["ratio"][peer]),
-                "met": f"{met}: {reason}" if reason and met != "met" else met,
-                **origin(row),
-            }
-        yield result
-    image = f"bf16, {shape_text(IMAGE)}"
-    row = find(rows, "gpu", IMAGE, "forward", "bf16", "eager")
-    result = {
-        "": f"GPU forward {image}, host's time vs one F.embedding",
-        "target": f"≤ {HOST_TARGET}x",
-    }
-    if row is None:
-        result["measured"] = NO_GPU
-    else:
-        times = row["host_us"]["ours"] / row["host_us"]["one F.embedding"]
-        result |= {
-            "measured": f"{times:.3g}x",
-            "met": "met" if times <= HOST_TARGET else "missed",
-            **origin(row),
-        }
-    yield result
-    for direction, launches in LAUNCH_TARGETS.items():
-        name = f"GPU {direction} {image}, launches"
-        yield {
-            "": name,
-            "target": launches,
-            "measured": "in tests/devices/test_cuda.py, not run yet: no GPU",
-        }
-
-
-def find(rows, device, shape, direction, dtype, peer):
-    matching = [
-        row
-        for row in rows
-        if device in row["machine"]
-        and (row["shape"], row["direction"], row["dtype"]) == (shape, direction, dtype)
-        and peer in row["ratio"]
-    ]
-    # The one with most rounds: the memory's rows have few.
-    return max(matching, key=lambda row: row["rounds"], default=None)
-
-
-# ----- tables -------------------------------------------------------------------------------------
-
-
-def shape_text(shape):
-    rows = "" if shape["rows"] == 10240 else f" P={shape['rows']}"
-    ids = "" if shape["ids"] == "grid" else f" {shape['ids']} ids"
-    return f"B={shape['batch']} N={shape['patches']} H={shape['hidden']}{rows}{ids}"
-
-
-def ratio_text(peer, ratio):
-    return f"{ratio:.0%}" if peer == "copy" else f"{ratio:.3g}x"
-
-
-def interval_text(peer, interval):
-    ratio, low, high = (ratio_text(peer, value) for value in interval)
-    return f"{ratio} [{low}, {high}]"
-
-
-def origin(row):
-    machine = row["machine"]
-    name = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} cores"
-    return {
-        "machine": name,
-        "date": row["date"][:10],
-        "commit": row["commit"],
-        "again": f"`{row['command']}`",
-    }
-
-
-def main_origin(rows):
-    row = find(rows, "cpu", CPU, "forward", "fp32", "eager")
-    machine, from_row = row["machine"], origin(row)
-    return (
-        f"{from_row['machine']}, {machine['instructions']}, torch {machine['torch']}, {from_row['date']}, "
-        f"commit {from_row['commit']}, {row['rounds']} rounds:\n\n"
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--check", action="store_true", help="only say whether they disagree")
+    args = parser.parse_args()
+    files = generated(measure.RESULTS)
+    wrong = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    names = ", ".join(str(path.relative_to(measure.ROOT)) for path in wrong)
+    if wrong and args.check:
+        sys.exit(f"error: {names} disagree with the JSON in benchmarks/results; run `make report`")
+    for path in wrong:
+        path.write_text(files[path])
+    print(f"Wrote {names}" if wrong else "All is as it was measured.")
 
 
-def main_rows(rows):
-    for row in op_rows("cpu", [row for row in rows if row["shape"] == CPU]):
-        del row["again"]
-        yield row
+def generated(folder):
+    """{path: text} of all files that come from the JSON in a folder."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        rows += content if isinstance(content, list) else []  # the gate's baseline is no list
+    files = {}
+    for theme, style in THEMES.items():
+        with pyplot.style.context([style, STYLE]):
+            for name, (plot, _) in PLOTS.items():
+                files[measure.RESULTS / f"{name}_{theme}.svg"] = svg(plot(rows))
+    sections = tables(rows)
+    for page in PAGES:
+        pictures = {f"plot {name}": picture(name, page) for name in PLOTS}
+
+        def section(match, texts=sections | pictures):
+            text = texts[match[2]]
+            return f"{match[1]}\n{text}\n\n{match[3]}" if text else match[1] + match[3]
+
+        marked = r"(<!-- benchmarks: (.*?) -->\n).*?(<!-- /benchmarks -->)"
+        files[page] = re.sub(marked, section, page.read_text(), flags=re.DOTALL)
+    return files
 
 
-def op_rows(device, rows):
+# ----- tables ---------------------------------------------------------------------------------------
+
+
+def find(rows, device, case, peer="eager"):
+    """The row of a case on a device, with a peer."""
+    wanted = case._asdict() | {"peers": None, "rounds": None}
     for row in rows:
-        if device not in row["machine"] or "torch.compile" not in row["ratio"]:
-            continue  # taken for its memory
-        times = row["median_ms"]
-        yield {
-            "": f"{row['direction']} {row['dtype']}, {shape_text(row['shape'])}",
-            "ours": f"{times['ours']:.3g} ms",
-            **{
-                f"vs {peer}": interval_text(peer, row["ratio"][peer])
-                for peer in ("eager", "torch.compile", "embedding_bag")
-            },
-            "must move": f"{row['bytes'] / 1e6:.0f} MB",
-            "ours, GB/s": f"{row['bytes'] / times['ours'] / 1e6:.0f}",
-            "of a copy's bandwidth": interval_text("copy", row["ratio"]["copy"]),
-            "peak memory, eager's": " MiB, ".join(
-                f"{row['peak_bytes'][peer] / 2**20:,.0f}" for peer in ("ours", "eager")
-            )
-            + " MiB",
-            "again": f"`{row['command']}`",
-        }
+        of_this = row.get("case", {}) | {"peers": None, "rounds": None} == wanted
+        if of_this and device in row["machine"] and peer in row.get("ratio", ()):
+            return row
+    return None
+
+
+def found(rows, some_cases, peer="eager"):
+    return [row for case in some_cases if (row := find(rows, "cpu", case, peer))]
+
+
+def tables(rows):
+    """{section: its text}"""
+    on = {
+        d: [r for r in rows if d in r.get("machine", ()) and "ratio" in r] for d in ("cpu", "gpu")
+    }
+    steps = [row for row in rows if "step" in row]
+    return {
+        "goals": of_each_run(goal_rows, on["cpu"] + on["gpu"]),
+        "main": of_each_run(op_rows, found(rows, each(cases.MAIN, dtypes=measure.DTYPES))),
+        "cpu": of_each_run(op_rows, found(rows, cases.OPS, "torch.compile")),
+        "computed": of_each_run(op_rows, found(rows, cases.COMPUTED)),
+        "sweeps": of_each_run(sweep_rows, on["cpu"]),
+        "call": of_each_run(call_rows, on["cpu"]),
+        "steps": of_each_run(step_rows, steps),
+        "qwen step": of_each_run(step_rows, [r for r in steps if r["step"].startswith("Qwen")]),
+        "gpu": of_each_run(
+            op_rows, on["gpu"], "## GPUs", "By `tools/gpu_check.sh`: the GPU's own time."
+        ),
+        "mac": markdown(
+            mac_rows(rows), "## Apple's chips", "By `examples/on_a_mac.py`: the host's time."
+        ),
+    }
+
+
+def markdown(rows, *above):
+    """A table below some paragraphs; nothing if it has no rows."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
+    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    return "\n\n".join([*above, table]) if rows else ""
+
+
+def of_each_run(function, rows, *above):
+    """For each machine, date and commit a table, below their names."""
+    runs = {}
+    for row in rows:
+        machine = row["machine"]
+        name = machine.get("gpu") or "{cpu}, {threads} cores, {instructions}".format(**machine)
+        run = f"{name}, torch {machine['torch']}, {row['date'][:10]}, commit {row['commit']}:"
+        runs.setdefault(run, []).append(row)
+    made = [table for run, taken in runs.items() if (table := markdown(function(taken), run))]
+    return "\n\n".join([*above, *made]) if made else ""
+
+
+def times(row, peer):
+    """[a ratio, low, high] as text; of a copy, as a share."""
+    values = [f"{value:.0%}" if peer == "copy" else f"{value:.3g}x" for value in row["ratio"][peer]]
+    return "{} [{}, {}]".format(*values)
+
+
+def ms(microseconds):
+    return f"{microseconds / 1e3:{',.0f' if microseconds > 1e6 else '.3g'}} ms"
+
+
+def again(row):
+    return {"again": f"`{row['command']}`"}
+
+
+def goal_rows(rows):
+    for device, case, direction, dtype, goals in cases.GOALS:
+        case = case._replace(direction=direction, dtype=dtype)
+        for peer, goal in goals.items():
+            at_most = peer in ("us", "ops")
+            row = find(rows, device, case, "eager" if at_most else peer)
+            if row is None:
+                continue
+            if at_most:
+                low = high = row["median_us"]["ours"] if peer == "us" else row["ops"]["ours"]
+                yield goal_row(str(case), f"≤ {goal} {peer}", f"{low:g}", -goal, -low, -high, row)
+            else:
+                _, low, high = row["ratio"][peer]
+                text = (
+                    f"≥ {goal:.0%} of a copy's bandwidth" if peer == "copy" else f"≥ {goal}x {peer}"
+                )
+                yield goal_row(str(case), text, times(row, peer), goal, low, high, row)
+    for device, name, goal in cases.CALL_GOALS:
+        for row in rows:
+            if device in row["machine"] and name in row["median_us"]:
+                us = row["median_us"][name]
+                yield goal_row(f"a call, {name}", f"≤ {goal} us", f"{us:g}", -goal, -us, -us, row)
+
+
+def goal_row(name, text, measured, goal, low, high, row):
+    met = "yes" if low >= goal else "no" if high < goal else "not certain"
+    return {"": name, "goal": text, "measured": measured, "met": met, **again(row)}
+
+
+def op_rows(rows):
+    for row in rows:
+        if "bytes" in row:
+            ours, peak = row["median_us"]["ours"], row["peak_bytes"]
+            peers = [peer for peer in row["ratio"] if peer != "copy"]
+            yield {
+                "": Case(**row["case"]),
+                "ours": ms(ours),
+                **{peer: f"{ms(row['median_us'][peer])}, {times(row, peer)}" for peer in peers},
+                "must move": f"{row['bytes'] / 1e6:.0f} MB, {row['bytes'] / ours / 1e3:.0f} GB/s",
+                "of a copy's bandwidth": times(row, "copy"),
+                "peak, eager's": f"{peak['ours'] / 2**20:,.0f}, {peak['eager'] / 2**20:,.0f} MiB",
+                **(
+                    {"ops, eager's": "{ours}, {eager}".format(**row["ops"])} if "ops" in row else {}
+                ),
+                **again(row),
+            }
 
 
 def step_rows(rows):
     for row in rows:
-        if "step" in row:
-            yield {
-                "": f"{row['step']} {row['dtype']}, {row['patches']} patches",
-                "whole step, before": f"{row['median_ms']['before']:.0f} ms",
-                "after": f"{row['median_ms']['ours']:.0f} ms",
-                "lookup, before": f"{row['lookup_ms']['before']:.3g} ms",
-                "after ": f"{row['lookup_ms']['ours']:.3g} ms",
-                "share, before": f"{row['share']['before']:.3%}",
-                "after  ": f"{row['share']['ours']:.3%}",
-                **origin(row),
-            }
+        yield {
+            "": f"{row['step']} {row['dtype']}, {row['patches']:,} patches",
+            "whole step before, after": "{}, {}".format(*map(ms, in_order(row["median_us"]))),
+            "lookup before, after": "{}, {}".format(*map(ms, in_order(row["lookup_us"]))),
+            "share before, after": "{:.3%}, {:.3%}".format(*in_order(row["share"])),
+            **again(row),
+        }
 
 
-def microseconds(value):
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def in_order(values):
+    return values["before"], values["ours"]
 
 
 def mac_rows(rows):
     for row in rows:
         if "chip" in row:
-            times = row["median_ms"]
+            taken = row["median_ms"]
             yield {
                 "": f"{row['chip']}, {row['direction']}, {row['problem']}",
-                "ours": f"{times['ours']:.3g} ms",
-                "vs eager": f"{times['eager'] / times['ours']:.3g}x",
+                "ours": f"{taken['ours']:.3g} ms",
+                "eager": f"{taken['eager'] / taken['ours']:.3g}x",
                 "must move": f"{row['floor_bytes'] / 1e6:.0f} MB",
-                "of a copy's bandwidth": f"{times['copy'] / times['ours']:.0%}",
-                "torch": row["torch"],
-                "commit": f"{row['commit']}, {row['date']}",
+                "of a copy's bandwidth": f"{taken['copy'] / taken['ours']:.0%}",
+                "measured": f"torch {row['torch']}, commit {row['commit']}, {row['date']}",
             }
 
 
 def sweep_rows(rows):
-    """The ends of each sweep, and for N where the cost of a call is no longer all there is."""
-    sweeps = {}
-    for row in rows:
-        if "sweep" in row and "direction" in row:
-            sweeps.setdefault((row["sweep"], row["direction"]), []).append(row)
-    for (sweep, direction), taken in sweeps.items():
-        axis = scaling.AXES[sweep[0]]
-        ours = [row["median_us"]["ours"] for row in taken]
-        yield {
-            "": f"{direction}, {sweep}",
-            "from, to": f"{taken[0]['shape'][axis]:,}, {taken[-1]['shape'][axis]:,}",
-            "ours (us)": ", ".join(microseconds(ours[i]) for i in (0, -1)),
-            "eager (us)": ", ".join(microseconds(taken[i]["median_us"]["eager"]) for i in (0, -1)),
-            "vs eager": ", ".join(
-                interval_text("eager", taken[i]["ratio"]["eager"]) for i in (0, -1)
-            ),
-            "first to take twice the least": scaling.doubled(axis, taken),
-            "again": f"`{taken[0]['command']}`",
-        }
+    """The ends of each sweep, and where the cost of a call is no longer all there is."""
+    for name, sweep in cases.SWEEPS.items():
+        for direction in DIRECTIONS:
+            taken = found(rows, each(*sweep, directions=[direction]))
+            if not taken:
+                continue
+            ends = taken[0], taken[-1]
+            sizes = [row["case"][cases.SIZES[name[0]]] for row in taken]
+            ours = [row["median_us"]["ours"] for row in taken]
+            twice = [f"{size:,}" for size, us in zip(sizes, ours) if us >= 2 * ours[0]]
+            yield {
+                "": f"{direction}, {name}",
+                "from, to": f"{sizes[0]:,}, {sizes[-1]:,}",
+                "ours (us)": ", ".join(f"{row['median_us']['ours']:,g}" for row in ends),
+                "eager (us)": ", ".join(f"{row['median_us']['eager']:,g}" for row in ends),
+                "times ours": ", ".join(times(row, "eager") for row in ends),
+                "first to take twice the least": (twice or ["none here"])[0],
+                **again(taken[-1]),
+            }
 
 
 def call_rows(rows):
     for row in rows:
-        if row.get("sweep") == "call":
+        if "call" in row:
             for name, quartiles in row["quartiles_us"].items():
-                yield {
-                    "": name,
-                    "us": row["median_us"][name],
-                    "quartiles": "{} to {}".format(*quartiles),
-                    "again": f"`{row['command']}`",
-                }
+                between = "{:g} to {:g}".format(*quartiles)
+                yield {"": name, "us": row["median_us"][name], "quartiles": between, **again(row)}
 
 
-def markdown(rows):
-    rows = list(rows)
-    # Numbers as they are written, so that no column's format depends on its other rows.
-    table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
-    return (
-        re.sub(r" {2,}", " ", re.sub(r":?-{3,}:?", "---", table)) if rows else "Not measured yet."
-    )
+# ----- plots ----------------------------------------------------------------------------------------
 
-
-# ----- plots --------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, which colour-blind people can tell apart; on dark, lighter where needed.
-THEMES = {
-    "light": {"text": "#24292f", "faint": "#8c959f", "ours": "#0072b2"},
-    "dark": {"text": "#d1d7e0", "faint": "#6e7781", "ours": "#56b4e9"},
-}
+THEMES = {"light": "default", "dark": "dark_background"}
+# Okabe and Ito's colours, which colour-blind people can tell apart.
 COLORS = {
+    "ours": "#0072b2",
     "eager": "#d55e00",
     "torch.compile": "#009e73",
     "embedding_bag": "#cc79a7",
-    "one-hot": "#e69f00",
+}
+COLORS |= {"one-hot": "#e69f00", "copy": "#8c959f"}
+STYLE = {
+    "svg.hashsalt": "fused-embedding-lookup",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # matplotlib brings it, so that every machine has it
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
 }
 
 
-def color(name, theme):
-    return COLORS.get(name) or THEMES[theme]["ours" if name == "ours" else "faint"]
-
-
-def figure(columns, theme, height=3.6, width=8.0):
-    matplotlib.rcdefaults()
-    text, faint = THEMES[theme]["text"], THEMES[theme]["faint"]
-    matplotlib.rcParams.update(
-        {
-            "svg.hashsalt": "fused-embedding-lookup",
-            "svg.fonttype": "none",
-            "font.family": "DejaVu Sans",  # matplotlib brings it, so that every machine has it
-            "font.size": 9,
-            "text.color": text,
-            "axes.labelcolor": text,
-            "axes.edgecolor": faint,
-            "xtick.color": text,
-            "ytick.color": text,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 10,
-        }
-    )
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-
-
-def svg(drawing):
+def svg(figure):
     buffer = io.StringIO()
-    metadata = {"Date": None, "Creator": None}
-    drawing.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    pyplot.close(drawing)
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
     # Without a generic name, a browser that lacks the font takes one with serifs.
     text = buffer.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def finish(axis, sizes, x_label, title, ends, theme):
-    """Logarithmic axes, and the name of each line at its end, moved apart where they would touch."""
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axis.minorticks_off()
+def subplots(columns=1, height=3.6):
+    return pyplot.subplots(1, columns, figsize=(8, height), layout="constrained")
+
+
+def curves(axis, title, x_label, sizes, series):
+    for name, values in series.items():
+        style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.3}
+        style["linestyle"] = ":" if name == "copy" else "-"
+        axis.plot(sizes, values, color=COLORS[name], label=name, marker="o", markersize=3, **style)
+    axis.set(xscale="log", yscale="log", xlabel=x_label, title=title)
     axis.yaxis.set_major_formatter("{x:,g}")
-    axis.set_xlabel(x_label)
-    axis.set_title(title)
-    bottom, top = axis.transData.inverted().transform(axis.transAxes.transform([(0, 0), (0, 1)]))[
-        :, 1
-    ]
-    step = (top / bottom) ** 0.065
-    previous = 0.0
-    for name, x, y, label in sorted(ends, key=lambda end: end[2]):
-        previous = max(y, previous * step)
-        axis.annotate(
-            label,
-            (x, previous),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=color(name, theme),
-            fontweight="bold" if name == "ours" else "normal",
-            annotation_clip=False,
-        )
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.legend()
 
 
-def plot_time(rows, theme):
-    """Time of the forward against the number of patches of one image."""
-    drawing, axes = figure(2, theme)
-    for axis, (dtype, title) in zip(axes[0], (("fp32", "float32"), ("bf16", "bfloat16"))):
-        found = {
-            n: find(rows, "cpu", IMAGE | {"patches": n}, "forward", dtype, "torch.compile")
-            for n in SOFT_TOKEN_PATCHES
-        }
-        found = {n: row for n, row in found.items() if row}
-        if not found:
-            continue
-        sizes, ends = list(found), []
-        for name in found[sizes[0]]["median_ms"]:
-            times = [row["median_ms"][name] for row in found.values()]
-            ours = name == "ours"
-            axis.plot(
-                sizes,
-                times,
-                color=color(name, theme),
-                marker="o",
-                markersize=3,
-                linewidth=2.5 if ours else 1.3,
-                linestyle=":" if name == "copy" else "-",
-                zorder=3 if ours else 2,
-            )
-            label = "a copy of the bytes" if name == "copy" else name
-            ends.append((name, sizes[-1], times[-1], label))
-        finish(axis, sizes, "patches of one image", f"Forward, {title}: milliseconds", ends, theme)
-    return svg(drawing)
+def plot_time(rows):
+    figure, axes = subplots(2)
+    for axis, dtype in zip(axes, ("fp32", "bf16")):
+        taken = found(rows, each(*cases.TIMES, dtypes=[dtype], directions=["forward"]))
+        sizes = [row["case"]["patches"] for row in taken]
+        series = milliseconds(taken, taken[0]["median_us"])
+        curves(axis, f"Forward, {dtype}: milliseconds", "patches of one image", sizes, series)
+        axis.set_xticks(sizes, sizes)
+        axis.minorticks_off()
+    return figure
 
 
-def plot_share(rows, theme):
-    """What share of a copy's bandwidth is reached, for each shape."""
-    bars = [
-        (f"{row['direction']} {row['dtype']}, {shape_text(row['shape'])}", row["ratio"]["copy"])
-        for row in rows
-        if "cpu" in row["machine"] and "torch.compile" in row["ratio"]
-    ]
-    drawing, axes = figure(1, theme, height=0.6 + 0.22 * len(bars))
-    axis = axes[0][0]
-    names = [name for name, _ in bars][::-1]
-    shares, lows, highs = zip(*[interval for _, interval in bars][::-1])
-    errors = [[s - low for s, low in zip(shares, lows)], [h - s for s, h in zip(shares, highs)]]
-    axis.barh(names, shares, color=THEMES[theme]["ours"], height=0.7)
-    axis.errorbar(
-        shares, names, xerr=errors, fmt="none", ecolor=THEMES[theme]["text"], elinewidth=1
+def milliseconds(rows, names):
+    return {name: [row["median_us"][name] / 1e3 for row in rows] for name in names}
+
+
+def plot_scaling(rows):
+    figure, axes = subplots(2)
+    for axis, direction in zip(axes, DIRECTIONS):
+        taken = found(rows, each(*cases.SWEEPS["N"], directions=[direction]))
+        sizes = [row["case"]["patches"] for row in taken]
+        series = milliseconds(taken, ("eager", "ours"))
+        curves(axis, f"{direction}, bf16: milliseconds", "tokens, 768 wide", sizes, series)
+    return figure
+
+
+def plot_memory(rows):
+    """Against the batch. What was not run is computed, and looks it."""
+    figure, axis = subplots()
+    taken = found(rows, cases.MEMORY, "one-hot")
+    sizes = [row["case"]["batch"] for row in taken]
+    names = ("one-hot", "eager", "ours")
+    series = {name: [row["peak_bytes"][name] / 2**20 for row in taken] for name in names}
+    curves(axis, "Peak memory of the forward beyond its inputs: MiB", "images", sizes, series)
+    ends = sizes[-1], TRAINING_BATCH
+    computed = [series["one-hot"][-1] * batch / sizes[-1] for batch in ends]
+    axis.plot(
+        ends, computed, "o--", color=COLORS["one-hot"], label="computed", markerfacecolor="none"
     )
-    for name, share, high in zip(names, shares, highs):
-        axis.annotate(
-            f"{share:.0%}", (high, name), xytext=(4, 0), textcoords="offset points", va="center"
-        )
-    axis.axvline(1, color=THEMES[theme]["faint"], linewidth=1, linestyle=":")
+    axis.set_xticks([*sizes, TRAINING_BATCH], [*sizes, TRAINING_BATCH])
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
+def plot_share(rows):
+    taken = found(rows, cases.OPS, "torch.compile")[::-1]
+    figure, axis = subplots(height=0.6 + 0.22 * len(taken))
+    names = [str(Case(**row["case"])) for row in taken]
+    shares, lows, highs = zip(*(row["ratio"]["copy"] for row in taken))
+    errors = [[s - low for s, low in zip(shares, lows)], [h - s for s, h in zip(shares, highs)]]
+    bars = axis.barh(names, shares, xerr=errors, color=COLORS["ours"], ecolor=COLORS["copy"])
+    axis.bar_label(bars, fmt="{:.0%}", padding=4)
+    axis.axvline(1, color=COLORS["copy"], linewidth=1, linestyle=":")
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axis.margins(y=0.01)
-    axis.tick_params(axis="y", length=0)
     axis.set_title("Share of a copy's bandwidth, with its 95% interval")
-    return svg(drawing)
-
-
-def plot_memory(rows, theme):
-    """What a forward allocates, against the batch. What was not run is computed, and looks it."""
-    drawing, axes = figure(1, theme)
-    axis, ends = axes[0][0], []
-    found = {
-        batch: find(rows, "cpu", CPU | {"batch": batch}, "forward", "bf16", "one-hot")
-        for batch in (1, 2, 4, 8)
-    }
-    found = {batch: row for batch, row in found.items() if row}
-    for name in ("one-hot", "eager", "ours"):
-        sizes = [row["peak_bytes"][name] / 2**20 for row in found.values()]
-        axis.plot(
-            list(found),
-            sizes,
-            color=color(name, theme),
-            marker="o",
-            linewidth=2.5 if name == "ours" else 1.3,
-        )
-        ends.append((name, max(found), sizes[-1], name))
-    last = max(found)
-    computed = [
-        measure.one_hot_bytes(batch, 2520, 10240, measure.DTYPES["bf16"]) / 2**20
-        for batch in (last, TRAINING_BATCH)
-    ]
-    style = {"color": color("one-hot", theme), "linestyle": "--", "linewidth": 1.3}
-    axis.plot((last, TRAINING_BATCH), computed, marker="o", markerfacecolor="none", **style)
-    ends[0] = ("one-hot", TRAINING_BATCH, computed[-1], "one-hot, computed:\nthe one-hot alone")
-    finish(
-        axis,
-        [*found, TRAINING_BATCH],
-        "images of 2520 patches, 768 wide, bfloat16",
-        "Peak memory of the forward beyond its inputs: MiB",
-        ends,
-        theme,
-    )
-    return svg(drawing)
-
-
-def plot_scaling(rows, theme):
-    """Time against the number of tokens, from one on."""
-    drawing, axes = figure(2, theme)
-    for axis, direction in zip(axes[0], ("forward", "backward")):
-        taken = [r for r in rows if r.get("sweep") == "N" and r["direction"] == direction]
-        sizes = [row["shape"]["patches"] for row in taken]
-        ends = []
-        for name in ("eager", "ours"):
-            times = [row["median_us"][name] / 1e3 for row in taken]
-            axis.plot(
-                sizes, times, color=color(name, theme), linewidth=2.5 if name == "ours" else 1.3
-            )
-            ends.append((name, sizes[-1], times[-1], name))
-        finish(
-            axis,
-            [1, 100, 10_000, 1_000_000],
-            "tokens, 768 wide, bfloat16",
-            f"{direction.capitalize()}: milliseconds",
-            ends,
-            theme,
-        )
-    return svg(drawing)
+    return figure
 
 
 PLOTS = {
@@ -500,70 +370,11 @@ PLOTS = {
 
 
 def picture(name, page):
-    path = "" if page.parent == measure.RESULTS.parent else "benchmarks/"
-    path += f"results/{name}"
+    path = os.path.relpath(measure.RESULTS / name, page.parent)
     return (
         f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{path}_dark.svg">\n'
-        f'<img src="{path}_light.svg" alt="{PLOTS[name][1]}">\n</picture>\n'
+        f'<img src="{path}_light.svg" alt="{PLOTS[name][1]}">\n</picture>'
     )
-
-
-# ----- all of it ----------------------------------------------------------------------------------
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="only say whether they disagree")
-    args = parser.parse_args()
-    wrong = []
-    for path, text in generated().items():
-        if path.exists() and path.read_text() == text:
-            continue
-        wrong.append(str(path.relative_to(measure.ROOT)))
-        if not args.check:
-            path.write_text(text)
-            print(f"Wrote {path}")
-    if wrong and args.check:
-        sys.exit(
-            f"error: {', '.join(wrong)} disagree with the JSON in benchmarks/results; run `make report`"
-        )
-
-
-def generated():
-    """The text of every file that comes from the JSON."""
-    rows = []
-    for path in sorted(measure.RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        rows += content if isinstance(content, list) else []  # the gate's baseline is no list
-    op = [row for row in rows if "bytes" in row]
-    files = {
-        measure.RESULTS / f"{name}_{theme}.svg": plot(rows if name == "scaling" else op, theme)
-        for name, (plot, _) in PLOTS.items()
-        for theme in THEMES
-    }
-    sections = {
-        "targets": target_rows(op),
-        "main": main_rows(op),
-        "cpu": op_rows("cpu", op),
-        "gpu": op_rows("gpu", op),
-        "mac": mac_rows(rows),
-        "step": step_rows(rows),
-        "sweeps": sweep_rows(rows),
-        "call": call_rows(rows),
-    }
-    sections = {name: markdown(taken) for name, taken in sections.items()}
-    sections["main"] = main_origin(op) + sections["main"]
-    for page in PAGES:
-        available = sections | {f"plot {name}": picture(name, page) for name in PLOTS}
-
-        def fill(match, available=available):
-            return f"{match[1]}\n{available[match[2]].strip()}\n\n{match[3]}"
-
-        marked = r"(<!-- benchmarks: (.*?) -->\n).*?(<!-- /benchmarks -->)"
-        files[page] = re.sub(marked, fill, page.read_text(), flags=re.DOTALL)
-    return files
 
 
 if __name__ == "__main__":

@@ -1,161 +1,156 @@
 """What share of a whole step the lookup is, before and after our layer is swapped in.
 
     make step
-    make step ARGS="--dtype bf16 --json benchmarks/results/step.json"
+    make step ARGS="--step 'Qwen3-VL forward' --dtype bf16 --json out.json"
 
-The step is a forward of Gemma 4 E2B's vision tower, or a LoRA training step of it (PEFT on the attention's
-projections; the position table trained too, or frozen), at its real size with random weights, on one image.
-The lookup is timed where it is, inside the step: in the forward from the end of the patch projection to
-the end of the patch embedder, in the backward from the embedder's gradient to the table's. With a frozen
-table the backward has nothing to look up. Before and after take turns.
+The towers have their real sizes and random weights, and see one image. A LoRA step trains the attention's
+projections (PEFT), and the position table too or not; with a frozen one the backward has nothing to look up. The
+lookup is timed where it is: in the forward from the end of the patch projection to the end of the embedding, Qwen's
+ids and weights included; in the backward from the embedding's gradient to the table's. Qwen's tower after
+is patched as in upstream/. Before and after take turns.
 """
 
-import argparse
 import copy
-import time
-from pathlib import Path
+import itertools
+import statistics
+import sys
+from functools import partial
+from types import MethodType
 
 import measure
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tabulate import tabulate
-from tqdm import tqdm
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-STEPS = ("forward", "LoRA", "LoRA and table")
+sys.path.append(str(measure.ROOT / "tests"))
+import patched
+
+STEPS = ("Gemma 4 forward", "Gemma 4 LoRA", "Gemma 4 LoRA and table", "Qwen3-VL forward")
 
 
 class Clock:
     """Sums the time between two kinds of events, in seconds."""
 
-    def __init__(self):
-        self.total = 0.0
+    total = 0.0
 
     def start(self, *_):
-        self.started = now()
+        self.started = measure.now()
 
     def stop(self, *_):
-        self.total += now() - self.started
+        self.total += measure.now() - self.started
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--step", choices=STEPS, action="append", help="default: all")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], action="append", help="default: both")
-    parser.add_argument("--patches", type=int, default=2520)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    parser = measure.parser(__doc__, rounds=2)
+    parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
+    parser.add_argument("--dtype", choices=measure.DTYPES, nargs="+", default=["fp32"])
+    parser.add_argument("--patches", type=int, help="default: 2520 for Gemma 4, 1024 for Qwen3-VL")
     args = parser.parse_args()
-
-    torch.set_default_device(args.device)
-    kernel = measure.load_kernel(args.device)
-    rows = [
-        measure_step(kernel, args, step, dtype)
-        for step in args.step or STEPS
-        for dtype in args.dtype or ["fp32", "bf16"]
-    ]
-    table = [
-        {
-            "step": f"{row['step']} {row['dtype']}",
-            "": name,
-            "whole (ms)": row["median_ms"][name],
-            "quartiles": "{} to {}".format(*row["quartiles_ms"][name]),
-            "lookup (ms)": row["lookup_ms"][name],
-            "share": f"{row['share'][name]:.3%}",
-        }
-        for row in rows
-        for name in ("before", "ours")
-    ]
-    print(tabulate(table, headers="keys", tablefmt="simple_outline"))
-    if args.json:
-        measure.write(args.json, rows)
+    kernel, rows = measure.load_kernel(args.device), []
+    for step, dtype in itertools.product(args.step, args.dtype):
+        patches = args.patches or (1024 if step.startswith("Qwen") else 2520)
+        options = f"--device {args.device} --step '{step}' --dtype {dtype} --patches {patches}"
+        command = f'make step ARGS="{options} --rounds {args.rounds}"'
+        row = measure.origin(kernel, args.device, command)
+        row |= {"step": step, "dtype": dtype, "patches": patches, "rounds": args.rounds}
+        row |= measure_step(kernel, step, measure.DTYPES[dtype], patches, args.rounds)
+        rows.append(row)
+        measure.write(args.json, rows, f"{step} {dtype}: {row['median_us']} us, {row['share']}")
 
 
-def measure_step(kernel, args, step, dtype):
+def measure_step(kernel, step, dtype, patches, rounds):
     torch.manual_seed(0)
-    position_ids, _ = measure.images(1, args.patches)
-    pixels = torch.rand(1, args.patches, 768)
-    original = Gemma4VisionModel(Gemma4VisionConfig()).to(measure.DTYPES[dtype])
-    torch.nn.init.normal_(original.patch_embedder.position_embedding_table)
-    models = {"before": original, "ours": copy.deepcopy(original)}
-    layer = kernel.layers.Gemma4VisionPatchEmbedder
-    measure.swap(models["ours"].patch_embedder, layer.forward)
-
-    clocks, steps = {}, {}
-    for name, model in models.items():
-        embedder, clocks[name] = model.patch_embedder, Clock()
-        embedder.input_proj.register_forward_hook(clocks[name].start)
-        embedder.register_forward_hook(clocks[name].stop)
-        if step == "forward":
-            model.eval()
-            steps[name] = lambda model=model: forward(model, pixels, position_ids)
-            continue
-        trained = step == "LoRA and table"
-        model = get_peft_model(
-            model, LoraConfig(target_modules=r".*self_attn\.[qkvo]_proj.*linear")
-        )
-        embedder.position_embedding_table.requires_grad_(trained)
-        if trained:
-            time_backward(embedder, clocks[name])
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        model.train()
-        steps[name] = lambda model=model, optimizer=optimizer: train(
-            model, optimizer, pixels, position_ids
-        )
-
-    times = {name: [] for name in models}
+    tower = qwen3_vl if step.startswith("Qwen") else gemma4
+    models, inputs, clocks = tower(kernel, dtype, patches)
     lookups = {name: [] for name in models}
-    for number in tqdm(range(-1, args.rounds), desc=f"{step} {dtype}", unit="round"):
-        for name, run in steps.items():
-            clocks[name].total = 0.0
-            started = now()
-            run()
-            if number >= 0:
-                times[name].append(now() - started)
-                lookups[name].append(clocks[name].total)
-    options = f"--device {args.device} --step '{step}' --dtype {dtype}"
-    options += f" --patches {args.patches} --rounds {args.rounds}"
-    return measure.origin(kernel, f'make step ARGS="{options}"') | {
-        "step": step,
-        "dtype": dtype,
-        "patches": args.patches,
-        "rounds": args.rounds,
-        **measure.summary(times),
-        "lookup_ms": {n: float(f"{np.median(t) * 1e3:.4g}") for n, t in lookups.items()},
-        "share": {
-            name: float(f"{np.median(np.divide(lookups[name], times[name])):.4g}")
-            for name in models
-        },
+
+    def seconds(name, run):
+        clocks[name].total = 0.0
+        start = measure.now()
+        run()
+        taken = measure.now() - start
+        lookups[name].append(clocks[name].total)
+        return taken
+
+    whole = {}
+    for name, model in models.items():
+        if step.endswith("forward"):
+            run = partial(torch.inference_mode()(model.eval()), *inputs)
+        else:
+            run = lora(model, inputs, clocks[name], train_table=step.endswith("table"))
+        whole[name] = partial(seconds, name, run)
+    times = measure.interleaved(whole, rounds, warm_up=1, slow=float("inf"))
+    lookups = {name: taken[-rounds:] for name, taken in lookups.items()}
+    share = {name: [a / b for a, b in zip(lookups[name], times[name])] for name in models}
+    return measure.summary(times) | {
+        "lookup_us": {n: measure.digits(statistics.median(t) * 1e6) for n, t in lookups.items()},
+        "share": {name: measure.digits(statistics.median(s)) for name, s in share.items()},
     }
 
 
-def time_backward(embedder, clock):
-    def from_the_gradient(module, arguments, output):
-        output.register_hook(clock.start)
-
-    embedder.register_forward_hook(from_the_gradient)
-    embedder.position_embedding_table.register_post_accumulate_grad_hook(clock.stop)
+def swap(module, layer):
+    """What kernels.kernelize does with a layer: its forward on the module that is there."""
+    module.forward = MethodType(layer.forward, module)
 
 
-def now():
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def gemma4(kernel, dtype, patches):
+    """The tower before and after, what it is called with, and clocks of the lookups."""
+    model = Gemma4VisionModel(Gemma4VisionConfig()).to(dtype)
+    torch.nn.init.normal_(model.patch_embedder.position_embedding_table)
+    models = {"before": model, "ours": copy.deepcopy(model)}
+    swap(models["ours"].patch_embedder, kernel.layers.Gemma4VisionPatchEmbedder)
+    clocks = {name: Clock() for name in models}
+    for name, model in models.items():
+        model.patch_embedder.input_proj.register_forward_hook(clocks[name].start)
+        model.patch_embedder.register_forward_hook(clocks[name].stop)
+    ids = measure.arguments(kernel, measure.Case(batch=1, patches=patches))["position_ids"]
+    return models, (torch.rand(1, patches, 768), ids), clocks
 
 
-@torch.inference_mode()
-def forward(model, pixels, position_ids):
-    model(pixels, position_ids)
+def qwen3_vl(kernel, dtype, patches):
+    tower = modeling_qwen3_vl.Qwen3VLVisionModel
+    model = tower(tower.config_class()).to(dtype)
+    torch.nn.init.normal_(model.pos_embed.weight)
+    models = {"before": model, "ours": patched.patch_tower(model)}
+    swap(models["ours"].add_pos_embed, kernel.layers.VisionInterpolatedPositionEmbedding)
+    clocks = {name: Clock() for name in models}
+    for name, model in models.items():
+        model.patch_embed.register_forward_hook(clocks[name].start)
+        model.rotary_pos_emb.register_forward_pre_hook(clocks[name].stop)
+    # transformers' own tower makes the ids and weights before it projects the patches.
+    function = modeling_qwen3_vl.get_vision_interpolation_indices_and_weights
+
+    def timed(*args, **kwargs):
+        clocks["before"].start()
+        result = function(*args, **kwargs)
+        clocks["before"].stop()
+        return result
+
+    modeling_qwen3_vl.get_vision_interpolation_indices_and_weights = timed
+    grid, _ = measure.square_images(measure.Case(batch=1, patches=patches))
+    return models, (torch.randn(patches, 3 * 2 * 16 * 16, dtype=dtype), grid), clocks
 
 
-def train(model, optimizer, pixels, position_ids):
-    model(pixels, position_ids).last_hidden_state.float().square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def lora(model, inputs, clock, train_table):
+    """A function that takes a training step."""
+    embedder = model.patch_embedder
+    model = get_peft_model(model, LoraConfig(target_modules=r".*self_attn\.[qkvo]_proj.*linear"))
+    table = embedder.position_embedding_table.requires_grad_(train_table)
+    if train_table:
+        embedder.register_forward_hook(
+            lambda module, _, out: out.register_hook(clock.start) and None
+        )
+        table.register_post_accumulate_grad_hook(clock.stop)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model.train()
+
+    def step():
+        model(*inputs).last_hidden_state.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 if __name__ == "__main__":

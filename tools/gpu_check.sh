@@ -6,7 +6,7 @@
 #     tools/gpu_check.sh --device simt       # a rehearsal, with tests/simt in place of the GPU
 #
 #     smoke      results; first of all, whether eager sums four rows in our order
-#     bench      times of ours, of the peers and of a copy, into benchmarks/results/gpu_*.json
+#     bench      times of ours, of the peers, of a copy and of a call, into benchmarks/results/gpu_*.json
 #     test       the tests of the CUDA variant
 #     sanitize   the four tools of compute-sanitizer, on our kernels
 #     profile    times of each kernel, into benchmarks/results/gpu_*.json
@@ -40,13 +40,22 @@ few="$variant and (every_length or no_tokens or special_values or many_token_dim
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 
 [[ $device == cuda ]] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+if [[ $device == simt ]]; then
+  results=.build/rehearsal/ # whose numbers are nobody's results
+  sizes=(--batch 1 --patches 64 --hidden 64 --rows 100 --rounds 2 --peers eager embedding_bag)
+else
+  name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>&1 | head -n 1)
+  results=benchmarks/results/gpu_$(tr -cs '[:alnum:]' _ <<<"${name,,}")
+  sizes=()
+fi
+
 for phase in "${phases[@]}"; do
+  json=(--device "$device" --json "$results$phase.json")
   case $phase in
-    smoke | bench | profile)
-      arguments=(--device "$device")
-      # A rehearsal's numbers are nobody's results.
-      [[ $device == simt ]] && arguments+=(--json ".build/rehearsal/$phase.json")
-      run "$phase" "$python" benchmarks/gpu.py "$phase" "${arguments[@]}"
+    smoke | profile) run "$phase" "$python" benchmarks/gpu.py "$phase" "${json[@]}" ;;
+    bench)
+      run bench "$python" benchmarks/compare.py --list gpu "${json[@]}" "${sizes[@]}"
+      run call "$python" benchmarks/call.py --device "$device" --json "${results}call.json"
       ;;
     test)
       tests=(tests/op/test_op.py tests/op/test_errors.py tests/op/test_torch.py tests/devices/test_cuda.py)
