@@ -4,9 +4,10 @@
 # make test   what is tested of the kernel and its package (ARGS="-k gradcheck"; "-n0" for one process)
 # make check  all that is tested, with what only maintainers need: see the end of `make test`
 # make simt   the GPUs' sources for the engine that runs them on a CPU (tests/simt)
-# make bench  the kernel against its peers, interleaved (ARGS="--json out.json"; --suite for all of the README's)
-# make scaling  how the cost grows with each size, and what a call costs
+# make bench  the kernel against its peers, interleaved (ARGS="--batch 1 --dtype fp32 bf16 --json out.json")
+# make call   what a call costs the host
 # make step   what share of a vision forward and of a LoRA step the lookup is
+# make measure  all that the pages show, by these three, into benchmarks/results
 # make gate   whether it has become slower than the committed baseline; needs valgrind
 # make report the README's tables and plots, from the committed results (ARGS=--check)
 # make cuda   the CUDA variant for all architectures, with a compiler from PyPI; needs no GPU
@@ -16,7 +17,7 @@
 # make format apply the formatting
 # make clean  remove everything that the above made
 
-.PHONY: demo quick test check simt bench scaling step gate report cuda macos-headers asan lint format clean build
+.PHONY: demo quick test check simt bench call step measure gate report cuda macos-headers asan lint format clean build
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,11 +47,17 @@ simt: $(TESTS)
 bench: build $(TESTS)
 	$(RUN) benchmarks/compare.py $(ARGS)
 
-scaling: build $(TESTS)
-	$(RUN) benchmarks/scaling.py $(ARGS)
+call: build $(TESTS)
+	$(RUN) benchmarks/call.py $(ARGS)
 
 step: build $(TESTS)
 	$(RUN) benchmarks/step.py $(ARGS)
+
+measure: build $(TESTS)
+	$(RUN) benchmarks/compare.py --list cpu --json benchmarks/results/cpu.json
+	$(RUN) benchmarks/compare.py --list scaling --json benchmarks/results/scaling.json
+	$(RUN) benchmarks/call.py --json benchmarks/results/call.json
+	$(RUN) benchmarks/step.py --json benchmarks/results/step.json
 
 gate: build $(TESTS)
 	$(RUN) benchmarks/regression.py $(ARGS)

@@ -26,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import kernels
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,20 +131,24 @@ def peers(kernel, case):
     if case.ids == "computed":
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-        images, lookups = square_images(case), (ours, eager)
-
-        def ours(position_ids, table, weights, padding, residual):
-            function = kernel.vision_interpolation_indices_and_weights
-            made = function(*images, num_patches=len(residual), **QWEN)
-            return lookups[0](made[0], table, weights=made[1], residual=residual)
-
-        def eager(position_ids, table, weights, padding, residual):
-            made = get_vision_interpolation_indices_and_weights(*images, **QWEN)
-            return lookups[1](made[0], table, made[1], padding, residual)
-
+        function = kernel.vision_interpolation_indices_and_weights
+        tokens = case.batch * case.patches
+        ours = ids_within(ours, function, *square_images(case), num_patches=tokens, **QWEN)
+        function = get_vision_interpolation_indices_and_weights
+        eager = ids_within(eager, function, *square_images(case), **QWEN)
     others = {"eager": eager, "torch.compile": torch.compile(eager)}
     others |= {"embedding_bag": embedding_bag, "one-hot": one_hot}
     return {"ours": ours} | {name: others[name] for name in case.peers}
+
+
+def ids_within(lookup, function, *images, **options):
+    """A lookup that makes its ids and weights."""
+
+    def call(position_ids, table, weights, padding, residual):
+        ids, weights = function(*images, **options)
+        return lookup(ids, table, weights=weights, padding=padding, residual=residual)
+
+    return call
 
 
 def embedding_bag(position_ids, table, weights, padding, residual):
@@ -172,6 +177,7 @@ def measure(kernel, case):
     """The row of a case, without its origin."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = not on_gpu()  # where a backward is repeated
     huge_pages(case.pages == "huge")
     given, backward = arguments(kernel, case), case.direction == "backward"
     not_measured = {}

@@ -28,6 +28,7 @@ PAGES = [
     for folder in (".", "benchmarks", "docs", "upstream")
     for p in (measure.ROOT / folder).glob("*.md")
 ]
+AT_MOST = ("us", "ops")  # kinds of goals that are upper limits
 TRAINING_BATCH = 40  # of issue 46175 of transformers
 
 
@@ -88,6 +89,16 @@ def found(rows, some_cases, peer="eager"):
     return [row for case in some_cases if (row := find(rows, "cpu", case, peer))]
 
 
+# What stands above tables that may be missing.
+COMPUTED = (
+    "With the ids and weights made within the call, in eager code by transformers' own function. *Ops* are those that "
+    "PyTorch dispatches, without views."
+)
+QWEN_STEP = "Of a whole forward of Qwen3-VL's tower at its real size, with random weights:"
+GPU = "## GPUs", "By `tools/gpu_check.sh`: the GPU's own time, small calls replayed as a graph."
+MAC = "## Apple's chips", "By `examples/on_a_mac.py`, forty images: the host's time."
+
+
 def tables(rows):
     """{section: its text}"""
     on = {
@@ -98,17 +109,13 @@ def tables(rows):
         "goals": of_each_run(goal_rows, on["cpu"] + on["gpu"]),
         "main": of_each_run(op_rows, found(rows, each(cases.MAIN, dtypes=measure.DTYPES))),
         "cpu": of_each_run(op_rows, found(rows, cases.OPS, "torch.compile")),
-        "computed": of_each_run(op_rows, found(rows, cases.COMPUTED)),
+        "computed": of_each_run(op_rows, found(rows, cases.COMPUTED), COMPUTED),
         "sweeps": of_each_run(sweep_rows, on["cpu"]),
         "call": of_each_run(call_rows, on["cpu"]),
         "steps": of_each_run(step_rows, steps),
-        "qwen step": of_each_run(step_rows, [r for r in steps if r["step"].startswith("Qwen")]),
-        "gpu": of_each_run(
-            op_rows, on["gpu"], "## GPUs", "By `tools/gpu_check.sh`: the GPU's own time."
-        ),
-        "mac": markdown(
-            mac_rows(rows), "## Apple's chips", "By `examples/on_a_mac.py`: the host's time."
-        ),
+        "qwen step": of_each_run(step_rows, [r for r in steps if "Qwen" in r["step"]], QWEN_STEP),
+        "gpu": of_each_run(op_rows, on["gpu"], *GPU),
+        "mac": markdown(mac_rows(rows), *MAC),
     }
 
 
@@ -133,10 +140,16 @@ def of_each_run(function, rows, *above):
     return "\n\n".join([*above, *made]) if made else ""
 
 
-def times(row, peer):
-    """[a ratio, low, high] as text; of a copy, as a share."""
-    values = [f"{value:.0%}" if peer == "copy" else f"{value:.3g}x" for value in row["ratio"][peer]]
-    return "{} [{}, {}]".format(*values)
+def amount(what, value):
+    """A goal, or what it is compared with: a share of a copy's bandwidth, us, ops, or a ratio to a peer."""
+    if what == "copy":
+        return f"{value:.0%}"
+    return f"{value:g} {what}" if what in AT_MOST else f"{value:.3g}x"
+
+
+def interval(what, values):
+    value, low, high = (amount(what, value) for value in values)
+    return value if what in AT_MOST else f"{value} [{low}, {high}]"
 
 
 def ms(microseconds):
@@ -150,30 +163,28 @@ def again(row):
 def goal_rows(rows):
     for device, case, direction, dtype, goals in cases.GOALS:
         case = case._replace(direction=direction, dtype=dtype)
-        for peer, goal in goals.items():
-            at_most = peer in ("us", "ops")
-            row = find(rows, device, case, "eager" if at_most else peer)
-            if row is None:
-                continue
-            if at_most:
-                low = high = row["median_us"]["ours"] if peer == "us" else row["ops"]["ours"]
-                yield goal_row(str(case), f"≤ {goal} {peer}", f"{low:g}", -goal, -low, -high, row)
-            else:
-                _, low, high = row["ratio"][peer]
-                text = (
-                    f"≥ {goal:.0%} of a copy's bandwidth" if peer == "copy" else f"≥ {goal}x {peer}"
-                )
-                yield goal_row(str(case), text, times(row, peer), goal, low, high, row)
+        for what, goal in goals.items():
+            row = find(rows, device, case, "eager" if what in AT_MOST else what)
+            if row and what in AT_MOST:
+                value = row["median_us"]["ours"] if what == "us" else row["ops"]["ours"]
+                yield goal_row(row, case, what, goal, [value] * 3)
+            elif row:
+                yield goal_row(row, case, what, goal, row["ratio"][what])
     for device, name, goal in cases.CALL_GOALS:
         for row in rows:
             if device in row["machine"] and name in row["median_us"]:
-                us = row["median_us"][name]
-                yield goal_row(f"a call, {name}", f"≤ {goal} us", f"{us:g}", -goal, -us, -us, row)
+                yield goal_row(row, f"a call, {name}", "us", goal, [row["median_us"][name]] * 3)
 
 
-def goal_row(name, text, measured, goal, low, high, row):
-    met = "yes" if low >= goal else "no" if high < goal else "not certain"
-    return {"": name, "goal": text, "measured": measured, "met": met, **again(row)}
+def goal_row(row, name, what, goal, measured):
+    _, low, high = measured
+    if what in AT_MOST:
+        text, met, missed = f"≤ {amount(what, goal)}", high <= goal, low > goal
+    else:
+        against = "of a copy's bandwidth" if what == "copy" else what
+        text, met, missed = f"≥ {amount(what, goal)} {against}", low >= goal, high < goal
+    met = "yes" if met else "no" if missed else "not certain"
+    return {"": name, "goal": text, "measured": interval(what, measured), "met": met, **again(row)}
 
 
 def op_rows(rows):
@@ -184,9 +195,12 @@ def op_rows(rows):
             yield {
                 "": Case(**row["case"]),
                 "ours": ms(ours),
-                **{peer: f"{ms(row['median_us'][peer])}, {times(row, peer)}" for peer in peers},
+                **{
+                    peer: f"{ms(row['median_us'][peer])}, {interval(peer, row['ratio'][peer])}"
+                    for peer in peers
+                },
                 "must move": f"{row['bytes'] / 1e6:.0f} MB, {row['bytes'] / ours / 1e3:.0f} GB/s",
-                "of a copy's bandwidth": times(row, "copy"),
+                "of a copy's bandwidth": interval("copy", row["ratio"]["copy"]),
                 "peak, eager's": f"{peak['ours'] / 2**20:,.0f}, {peak['eager'] / 2**20:,.0f} MiB",
                 **(
                     {"ops, eager's": "{ours}, {eager}".format(**row["ops"])} if "ops" in row else {}
@@ -240,7 +254,7 @@ def sweep_rows(rows):
                 "from, to": f"{sizes[0]:,}, {sizes[-1]:,}",
                 "ours (us)": ", ".join(f"{row['median_us']['ours']:,g}" for row in ends),
                 "eager (us)": ", ".join(f"{row['median_us']['eager']:,g}" for row in ends),
-                "times ours": ", ".join(times(row, "eager") for row in ends),
+                "times ours": ", ".join(interval("eager", row["ratio"]["eager"]) for row in ends),
                 "first to take twice the least": (twice or ["none here"])[0],
                 **again(taken[-1]),
             }
@@ -277,6 +291,10 @@ STYLE = {
 }
 
 
+def subplots(columns=1, height=3.6):
+    return pyplot.subplots(1, columns, figsize=(8, height), layout="constrained")
+
+
 def svg(figure):
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -286,10 +304,6 @@ def svg(figure):
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def subplots(columns=1, height=3.6):
-    return pyplot.subplots(1, columns, figsize=(8, height), layout="constrained")
-
-
 def curves(axis, title, x_label, sizes, series):
     for name, values in series.items():
         style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.3}
@@ -297,34 +311,43 @@ def curves(axis, title, x_label, sizes, series):
         axis.plot(sizes, values, color=COLORS[name], label=name, marker="o", markersize=3, **style)
     axis.set(xscale="log", yscale="log", xlabel=x_label, title=title)
     axis.yaxis.set_major_formatter("{x:,g}")
-    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend()
 
 
-def plot_time(rows):
-    figure, axes = subplots(2)
-    for axis, dtype in zip(axes, ("fp32", "bf16")):
-        taken = found(rows, each(*cases.TIMES, dtypes=[dtype], directions=["forward"]))
+def at_sizes(axis, sizes):
+    axis.set_xticks(sizes, sizes)
+    axis.minorticks_off()
+
+
+def plot_times(rows, x_label, panels):
+    """Against the number of patches."""
+    figure, axes = subplots(len(panels))
+    for axis, (title, some_cases) in zip(axes, panels.items()):
+        taken = found(rows, some_cases)
         sizes = [row["case"]["patches"] for row in taken]
-        series = milliseconds(taken, taken[0]["median_us"])
-        curves(axis, f"Forward, {dtype}: milliseconds", "patches of one image", sizes, series)
-        axis.set_xticks(sizes, sizes)
-        axis.minorticks_off()
+        names = taken[0]["median_us"]
+        series = {name: [row["median_us"][name] / 1e3 for row in taken] for name in names}
+        curves(axis, f"{title}: milliseconds", x_label, sizes, series)
+        if len(sizes) < 6:
+            at_sizes(axis, sizes)
     return figure
 
 
-def milliseconds(rows, names):
-    return {name: [row["median_us"][name] / 1e3 for row in rows] for name in names}
+def plot_time(rows):
+    panels = {
+        f"Forward, {dtype}": each(*cases.TIMES, dtypes=[dtype], directions=["forward"])
+        for dtype in cases.BOTH
+    }
+    return plot_times(rows, "patches of one image", panels)
 
 
 def plot_scaling(rows):
-    figure, axes = subplots(2)
-    for axis, direction in zip(axes, DIRECTIONS):
-        taken = found(rows, each(*cases.SWEEPS["N"], directions=[direction]))
-        sizes = [row["case"]["patches"] for row in taken]
-        series = milliseconds(taken, ("eager", "ours"))
-        curves(axis, f"{direction}, bf16: milliseconds", "tokens, 768 wide", sizes, series)
-    return figure
+    panels = {
+        f"{direction.capitalize()}, bf16": each(*cases.SWEEPS["N"], directions=[direction])
+        for direction in DIRECTIONS
+    }
+    return plot_times(rows, "tokens, 768 wide", panels)
 
 
 def plot_memory(rows):
@@ -334,14 +357,13 @@ def plot_memory(rows):
     sizes = [row["case"]["batch"] for row in taken]
     names = ("one-hot", "eager", "ours")
     series = {name: [row["peak_bytes"][name] / 2**20 for row in taken] for name in names}
-    curves(axis, "Peak memory of the forward beyond its inputs: MiB", "images", sizes, series)
+    x_label = "images of 2520 patches, 768 wide, bf16"
+    curves(axis, "Peak memory of the forward beyond its inputs: MiB", x_label, sizes, series)
     ends = sizes[-1], TRAINING_BATCH
     computed = [series["one-hot"][-1] * batch / sizes[-1] for batch in ends]
-    axis.plot(
-        ends, computed, "o--", color=COLORS["one-hot"], label="computed", markerfacecolor="none"
-    )
-    axis.set_xticks([*sizes, TRAINING_BATCH], [*sizes, TRAINING_BATCH])
-    axis.minorticks_off()
+    style = {"color": COLORS["one-hot"], "markerfacecolor": "none", "label": "one-hot, computed"}
+    axis.plot(ends, computed, "o--", **style)
+    at_sizes(axis, [*sizes, TRAINING_BATCH])
     axis.legend()
     return figure
 

@@ -21,10 +21,10 @@ import measure
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
-from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
 
 sys.path.append(str(measure.ROOT / "tests"))
-import patched
+from helpers import patched
 
 STEPS = ("Gemma 4 forward", "Gemma 4 LoRA", "Gemma 4 LoRA and table", "Qwen3-VL forward")
 
@@ -109,8 +109,7 @@ def gemma4(kernel, dtype, patches):
 
 
 def qwen3_vl(kernel, dtype, patches):
-    tower = modeling_qwen3_vl.Qwen3VLVisionModel
-    model = tower(tower.config_class()).to(dtype)
+    model = modeling_qwen3_vl.Qwen3VLVisionModel(Qwen3VLVisionConfig()).to(dtype)
     torch.nn.init.normal_(model.pos_embed.weight)
     models = {"before": model, "ours": patched.patch_tower(model)}
     swap(models["ours"].add_pos_embed, kernel.layers.VisionInterpolatedPositionEmbedding)

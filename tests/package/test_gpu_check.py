@@ -31,15 +31,13 @@ def test_rehearsal(phase):
         assert re.search(r"\d+ passed", result.stdout)
         return
     rows = json.loads((ROOT / ".build" / "rehearsal" / f"{phase}.json").read_text())
-    assert rows and all(row["gpu"].startswith("none: a rehearsal") for row in rows)
+    assert rows and all(row["machine"]["gpu"].startswith("none: a rehearsal") for row in rows)
     if phase == "smoke":
         orders = [row["equal"] for row in rows if row["check"].startswith("eager's order")]
         assert len(orders) == 3 and all(orders)
         assert all(row["passed"] for row in rows if "passed" in row)
     if phase == "bench":
-        assert {"ours", "eager", "embedding_bag", "copy of as many bytes"} <= set(
-            rows[0]["median_us"]
-        )
+        assert {"ours", "eager", "embedding_bag", "copy"} == set(rows[0]["median_us"])
 
 
 def test_a_phase_that_fails_is_the_status():
