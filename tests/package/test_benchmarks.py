@@ -90,7 +90,10 @@ def test_what_is_measured_later_appears(variant, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     report = importlib.import_module("report")
     rows = json.loads((BENCHMARKS / "results" / "cpu.json").read_text())[:1]
-    gpu = rows[0] | {"machine": {"gpu": "A GPU", "torch": "2.13.0"}, "case": {**rows[0]["case"], "batch": 40}}
+    gpu = rows[0] | {
+        "machine": {"gpu": "A GPU", "torch": "2.13.0"},
+        "case": {**rows[0]["case"], "batch": 40},
+    }
     assert report.tables(rows)["gpu"] == "" and "| A GPU" not in report.tables(rows)["goals"]
     sections = report.tables([*rows, gpu])
     assert sections["gpu"].startswith("## GPUs\n") and "B=40" in sections["gpu"]
