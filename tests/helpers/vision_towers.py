@@ -145,13 +145,83 @@ LINEAR = {
     "linear_num_value_heads": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+HYPER_CONNECTIONS = {
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "hc_count": 2,
+    "hc_lowrank": 4,
+    "shared_expert_intermediate_size": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+PLAIN = {key: value for key, value in TEXT.items() if key != "rope_parameters"}
+COMPASS = PLAIN | {"hidden_size": 32, "rope_parameters": {"full_attention": SECTIONS}}
+PADDLE_TEXT = TEXT | {"rope_parameters": SECTIONS}
+GLIMMER = PLAIN | {"bos_token_id": None}
+SPARK = GLIMMER | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "moe_hidden_size": 24,
+}
+DEEPSEEK = {key: value for key, value in PLAIN.items() if key != "head_dim"} | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 # Whole models: the class, its text model's configuration, its vision tower's.
 MODELS = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", TEXT, DEEPSTACK),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", TEXT | EXPERTS, DEEPSTACK),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerForConditionalGeneration", TEXT | EXPERTS, DEEPSTACK),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", TEXT | LINEAR, QWEN),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", TEXT | LINEAR | EXPERTS, QWEN),
+    "qwen4_exp": (
+        "Qwen4ExpForConditionalGeneration",
+        TEXT | LINEAR | EXPERTS | HYPER_CONNECTIONS,
+        QWEN,
+    ),
+    "cohere_compass": (
+        "CohereCompassForConditionalGeneration",
+        COMPASS,
+        DEEPSTACK | {"out_hidden_size": 32},
+    ),
+    "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", PADDLE_TEXT, PADDLE),
+    "muse_glimmer": ("MuseGlimmerForConditionalGeneration", GLIMMER, MUSE),
+    "muse_spark": ("MuseSparkForConditionalGeneration", SPARK, MUSE),
+    "kimi_k25": ("Kimi_K25ForConditionalGeneration", DEEPSEEK, KIMI),
 }
+# What else is in a model's configuration.
+PROJECTOR = {"out_hidden_size": 128, "projector_hidden_size": 32}
+AUDIO = {"encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 8, "d_model": 8}
+AUDIO |= {"output_dim": 24, "downsample_hidden_size": 4, "num_mel_bins": 16}
+PYRAMID = {"patch_sizes": [2], "hidden_sizes": [8], "depths": [1], "num_hidden_layers": 1}
+REST = {
+    "qwen3_omni_moe": {"audio_config": AUDIO},
+    "muse_glimmer": PROJECTOR,
+    "muse_spark": PROJECTOR | {"audio_config": PYRAMID | {"out_hidden_size": 24}},
+    "kimi_k25": {"projection_hidden_size": 32},
+}
+# What a table is called, in all of them.
+TABLES = (
+    "pos_embed",
+    "position_embedding.",
+    "position_embedding_table",
+    "pos_emb.position_embeddings",
+)
 IMAGE, VIDEO, START, END = 60, 61, 62, 63
 
 
@@ -168,31 +238,50 @@ def build_model(name, dtype=torch.float32):
         video_token_id=VIDEO,
         vision_start_token_id=START,
         vision_end_token_id=END,
+        **REST.get(name, {}),
     )
     model = cls._from_config(config, attn_implementation="eager")
-    nn.init.normal_(model.model.visual.pos_embed.weight)
+    for table in tables(model):
+        nn.init.normal_(table)
     return model.to(dtype).eval()
 
 
-def prompt(media, dtype=torch.float32):
+def tables(model):
+    """The parameters that our layer looks ids up in: one."""
+    return [p for path, p in model.named_parameters() if any(name in path for name in TABLES)]
+
+
+def prompt(name, media, dtype=torch.float32):
     """Arguments of a whole model's forward and `generate`: words around an image, several, or a video."""
     grid = {"image": [[1, 6, 8]], "images": [[1, 6, 8], [1, 4, 2]], "video": [[2, 4, 6]]}[media]
     token = VIDEO if media == "video" else IMAGE
     tokens = [5, 6]
     for frames, height, width in grid:
-        for _ in range(frames):  # a video's frames stand apart
-            tokens += [START, *[token] * (height * width // 4), END, 9]
+        apart = (
+            1 if name == "qwen3_omni_moe" else frames
+        )  # a video's frames stand apart, but for Omni
+        for _ in range(apart):
+            tokens += [START, *[token] * (frames * height * width // 4 // apart), END, 9]
     ids = torch.tensor([tokens + [7, 8]])
-    pixels = inputs("qwen3_vl", grid, dtype)
+    pixels = inputs(name, grid, dtype)
+    grid = pixels.pop("grid_thw")
+    (pixels,) = pixels.values()
+    if name == "paddleocr_vl":  # the model adds the batch
+        pixels = pixels[0]
     values, sizes = (
         ("pixel_values_videos", "video_grid_thw")
         if media == "video"
         else ("pixel_values", "image_grid_thw")
     )
-    return {
+    batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == token).int() * (2 if media == "video" else 1),
-        values: pixels["hidden_states"],
-        sizes: pixels["grid_thw"],
+        values: pixels,
+        sizes: grid,
     }
+    if name in ("muse_glimmer", "muse_spark", "kimi_k25", "qwen3_omni_moe"):  # which take none
+        del batch["mm_token_type_ids"]
+    if name == "qwen3_omni_moe" and media == "video":
+        batch["video_second_per_grid"] = torch.ones(len(grid))
+    return batch

@@ -13,9 +13,9 @@ from helpers.distributed_worker import whole
 from helpers.vision_towers import build_model, prompt, swap
 
 
-def samples(ranks):
+def samples(name, ranks):
     """A batch for each rank, of different pixels."""
-    batches = [prompt("images") for _ in range(ranks)]
+    batches = [prompt(name, "images") for _ in range(ranks)]
     for rank, batch in enumerate(batches):
         batch["pixel_values"] = batch["pixel_values"] + rank
         batch["labels"] = batch["input_ids"].masked_fill(batch["mm_token_type_ids"] != 0, -100)
@@ -83,7 +83,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    WAYS[args.way](args, samples(dist.get_world_size()))
+    WAYS[args.way](args, samples(args.name, dist.get_world_size()))
     dist.barrier()
     if dist.get_rank() == 0:
         print("the shared step is the step taken alone")
