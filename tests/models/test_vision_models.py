@@ -4,7 +4,17 @@ import onnx
 import pytest
 import torch
 
-from helpers.vision_towers import IMAGE, MODELS, TABLES, VIDEO, build_model, prompt, swap, tables, undo
+from helpers.vision_towers import (
+    IMAGE,
+    MODELS,
+    TABLES,
+    VIDEO,
+    build_model,
+    prompt,
+    swap,
+    tables,
+    undo,
+)
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 DTYPES = [torch.float32, torch.bfloat16]
