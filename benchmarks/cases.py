@@ -34,7 +34,7 @@ COMPUTED = each(
 TIMES = varied(IMAGE, patches=(630, 1260, 2520, 5040, 10080))
 MEMORY = varied(Case(peers=("eager", "one-hot"), rounds=2), batch=(1, 2, 4, 8))
 OPS = [
-    *each(MAIN, dtypes=DTYPES, rounds=60),
+    *each(MAIN, dtypes=DTYPES, rounds=30),
     *each(RANDOM, SINGLE, dtypes=BOTH),
     *each(MAIN._replace(hidden=1152), UNIFIED),
     *each(*TIMES, dtypes=BOTH, directions=["forward"]),
@@ -44,7 +44,7 @@ OPS = [
 ]
 
 # Each changes one size. The others are one image's, with few ids, each of them many times.
-FEW = Case(batch=1, ids="few", peers=("eager",), rounds=15)
+FEW = Case(batch=1, ids="few", peers=("eager",), rounds=8)
 TOKENS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000]
 SWEEPS = {
     "N, H=64": varied(FEW._replace(hidden=64), patches=TOKENS),

@@ -58,7 +58,7 @@ class Case(NamedTuple):
     direction: str = "forward"
     pages: str = "huge"
     peers: tuple = ("eager", "torch.compile", "embedding_bag")
-    rounds: int = 30
+    rounds: int = 12
 
     def __str__(self):
         name = f"{self.direction} {self.dtype}, B={self.batch} N={self.patches} H={self.hidden}"
