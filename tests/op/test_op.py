@@ -422,7 +422,6 @@ def test_weighted_sum_starts_at_plus_zero(kernel, dtype):
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.variant("cpu", "cuda-simt", "cuda")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, *FLOATS], ids=str)
 def test_an_entry_of_padding_adds_plus_zero(kernel, dtype, residual_dtype):
