@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
 
-sys.path.append(str(measure.ROOT / "tests"))
-from helpers import patched
+sys.path.append(str(measure.ROOT / "upstream"))
+import patched
 
 STEPS = ("Gemma 4 forward", "Gemma 4 LoRA", "Gemma 4 LoRA and table", "Qwen3-VL forward")
 
@@ -111,7 +111,7 @@ def gemma4(kernel, dtype, patches):
 def qwen3_vl(kernel, dtype, patches):
     model = modeling_qwen3_vl.Qwen3VLVisionModel(Qwen3VLVisionConfig()).to(dtype)
     torch.nn.init.normal_(model.pos_embed.weight)
-    models = {"before": model, "ours": patched.patch_tower(model)}
+    models = {"before": model, "ours": patched.patch_model(model)}
     swap(models["ours"].add_pos_embed, kernel.layers.VisionInterpolatedPositionEmbedding)
     clocks = {name: Clock() for name in models}
     for name, model in models.items():
