@@ -30,7 +30,7 @@ def step(kernel, ids, table, padding, residual, grad):
 @pytest.fixture
 def others(kernel, variant_dir, monkeypatch):
     """Calls of the other two ops and of a tower's layer, by name, and the tensors that they take."""
-    import vision_towers  # transformers' models, which take seconds
+    from helpers import vision_towers  # transformers' models, which take seconds
 
     vision_towers.undo(monkeypatch.setattr)
     tower = vision_towers.swap(vision_towers.build("qwen3_vl"), variant_dir)
@@ -205,7 +205,7 @@ def test_two_devices_are_refused(kernel, argument):
 
 
 def test_a_grid_on_another_device_is_refused(kernel, variant_dir, monkeypatch):
-    import vision_towers
+    from helpers import vision_towers
 
     vision_towers.undo(monkeypatch.setattr)
     tower = vision_towers.swap(vision_towers.build("qwen3_vl"), variant_dir)

@@ -229,7 +229,7 @@ def test_export_of_the_tower(swap_in, name):
 @REST
 def test_onnx_export_of_the_tower(swap_in, tmp_path):
     """The graph of the patch's own code: ONNX has no such op as ours."""
-    from vision_towers import patched
+    from helpers.vision_towers import patched
 
     original, given = exportable("qwen3_5")
     graphs = []

@@ -493,8 +493,7 @@ def test_torch_without_a_private_name():
 @pytest.fixture
 def layers(swap_in, variant_dir, monkeypatch):
     """Returns an original, of transformers, the same with our layer, and what both are called with."""
-    import tiny_models  # they take seconds
-    import vision_towers
+    from helpers import tiny_models, vision_towers  # they take seconds
 
     def get(name):
         if name == "unified":

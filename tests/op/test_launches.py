@@ -86,7 +86,7 @@ def test_two_launches_for_eighty_two(kernel, variant_dir):
 
     82 calls of PyTorch by the model, 76 for ids and weights and 6 for the lookup, become two.
     """
-    import vision_towers
+    from helpers import vision_towers
 
     tower = vision_towers.build("qwen3_vl")
     embedding = vision_towers.patched.patch_model(tower).add_pos_embed
