@@ -60,12 +60,7 @@ class Gemma4VisionPatchEmbedder(nn.Module):
         Returns:
             ``[batch, patches, hidden_size]``
         """
-        if not pixel_values.is_floating_point():
-            pixel_values = pixel_values.to(torch.get_default_dtype())
-        target_dtype = self.input_proj.weight.dtype
-        if not target_dtype.is_floating_point:  # quantised
-            target_dtype = pixel_values.dtype
-        hidden_states = self.input_proj(scale_pixels(pixel_values, target_dtype))
+        hidden_states = self.input_proj(_scaled(pixel_values, self.input_proj.weight.dtype))
         if _overrides_position_embeddings(self):
             return hidden_states + self._position_embeddings(pixel_position_ids, padding_positions)
         hidden_states, position_ids, padding = _broadcast(
@@ -74,6 +69,16 @@ class Gemma4VisionPatchEmbedder(nn.Module):
         return fused_embedding_lookup(
             position_ids, self.position_embedding_table, padding=padding, residual=hidden_states
         )
+
+
+def _scaled(pixel_values: torch.Tensor, weight_dtype: torch.dtype) -> torch.Tensor:
+    """From [0, 1] to [-1, 1], in the dtype that the projection takes: its weight's, unless it is quantised."""
+    if pixel_values.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = weight_dtype if weight_dtype.is_floating_point else pixel_values.dtype
+        return scale_pixels(pixel_values, dtype)
+    # Whole numbers, and float64, which the GPUs' kernels don't take.
+    pixel_values = 2 * (pixel_values - 0.5)
+    return pixel_values.to(weight_dtype) if weight_dtype.is_floating_point else pixel_values
 
 
 def _overrides_position_embeddings(module: nn.Module) -> bool:
