@@ -117,7 +117,7 @@ def test_embedding_gemma2(swap_in, dtype):
 
 def test_no_one_hot_and_no_intermediate(swap_in):
     """transformers' own idea of a test for this module: the largest tensor is the result's size."""
-    from test_torch import allocations
+    from helpers.memory import allocations
 
     original = tiny_models.build("e2b").model.vision_tower.patch_embedder
     ours = swap_in(torch.nn.Sequential(original))[0]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
-from torch.profiler import ProfilerActivity, profile
+
+from helpers.memory import total_allocated
 
 pytestmark = pytest.mark.variant("cpu")  # tests/devices/test_cuda.py has a GPU's
 
@@ -67,14 +68,6 @@ def test_a_size_past_64_bits(kernel):
         )
 
 
-def allocated(function):
-    """All bytes that are asked for during a call, freed again or not."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    events = profiler.profiler.kineto_results.events()
-    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]"), result
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     "tokens, tables, rows, shared",
@@ -92,8 +85,10 @@ def test_workspace_is_linear_in_tokens_and_rows(kernel, tokens, tables, rows, sh
     weights = torch.ones(tokens, tables) if weighted else None
     grad = torch.ones(tokens, 1)
     all_rows = rows * (1 if shared else tables)
-    total, result = allocated(lambda: backward(kernel, grad, ids, rows, weights, shared))
+    result, total = total_allocated(lambda: backward(kernel, grad, ids, rows, weights, shared))
     assert torch.equal(result.sum(), torch.tensor(float(tokens * tables)))
     assert total - result.nbytes <= 16 * ids.numel() + 20 * all_rows + 2**16
-    forward, out = allocated(lambda: kernel.fused_embedding_lookup(ids, result, weights=weights))
+    out, forward = total_allocated(
+        lambda: kernel.fused_embedding_lookup(ids, result, weights=weights)
+    )
     assert forward == out.nbytes  # it has no workspace

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
+from helpers.memory import allocations
 
 
 def arguments(dtype=torch.float32, residual_dtype=None, requires_grad=True, shape=(2, 6), hidden=5):
@@ -147,15 +147,6 @@ def test_export(kernel, weighted):
     for shape in [(2, 6), (7, 3)]:
         ids, _, padding, residual = arguments(requires_grad=False, shape=shape)
         assert torch.equal(loaded(ids, padding, residual), module(ids, padding, residual))
-
-
-def allocations(function):
-    """The sizes of all tensors that `function` allocates, and the names of the ops it runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    on = "device" if torch.get_default_device().type == "cuda" else "cpu"
-    sizes = [getattr(event, f"self_{on}_memory_usage") for event in profiler.events()]
-    return result, [size for size in sizes if size > 0], [e.name for e in profiler.events()]
 
 
 @pytest.mark.kernels_ci
