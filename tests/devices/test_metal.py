@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, why_not
+from conftest import NEEDS_CLANG, ROOT
 from helpers import reference
 from helpers.memory import total_allocated
 
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
 from traffic import count_traffic
 
+CLANG = "clang++-19"
 pytestmark = [pytest.mark.variant("metal-simt"), pytest.mark.usefixtures("variant")]
 
 
@@ -322,7 +323,7 @@ def compile_shaders(sources, folder):
     texts = []
     for name in ("forward", "backward", "interpolation", "scaling"):
         source, reflected = sources / f"{name}.metal", folder / f"{name}.cpp"
-        compiler = ["clang++-19", "-D__METAL_VERSION__=400", f"-I{stand_ins}"]
+        compiler = [CLANG, "-D__METAL_VERSION__=400", f"-I{stand_ins}"]
         reflect = [sys.executable, stand_ins / "reflect.py", *compiler, "--", source, reflected]
         flags = "-std=c++17 -O2 -ffast-math -fno-exceptions -fno-vectorize -fno-slp-vectorize -w"
         # All functions become part of the kernels, as Apple's compiler has it unless told otherwise.
@@ -364,8 +365,8 @@ def inspect(ir):
 
 @pytest.fixture(scope="module")
 def needs_clang():
-    if reason := why_not("metal-simt"):
-        pytest.skip(reason)
+    if shutil.which(CLANG) is None:
+        pytest.skip(NEEDS_CLANG)
 
 
 def test_loads_of_a_batch_come_before_the_first_sum(needs_clang, tmp_path):
@@ -448,7 +449,7 @@ def check_syntax(launcher, torch_version):
     flags = (
         f"-std={standard} -fsyntax-only -x objective-c++ -fblocks -fobjc-runtime=gcc -Wall -Wextra"
     )
-    command = ["clang++-19", *flags.split(), "-DMETAL_KERNEL", f"-I{launcher.parent}"]
+    command = [CLANG, *flags.split(), "-DMETAL_KERNEL", f"-I{launcher.parent}"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{stand_ins}", "-isystem", include]
     command += ["-isystem", str(Path(objc).parent), '-DEMBEDDED_METALLIB_HEADER="metallib.h"']
     command += ["-DEMBEDDED_METALLIB_NAMESPACE=simt_metal", launcher]
