@@ -78,7 +78,7 @@ asan: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(RUN) -m pytest -s -p no:cacheprovider -k "not compile and not simt" $(addprefix tests/op/test_, $(addsuffix .py, op errors torch scaling)) tests/models/test_gemma4.py tests/devices/test_cpu.py $(ARGS)
+	$(PYTEST) -s -p no:cacheprovider -k "not compile and not simt" tests/devices/test_cpu.py $(addprefix tests/op/test_, $(addsuffix .py, op errors torch scaling)) tests/models/test_gemma4.py $(ARGS)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .
