@@ -174,6 +174,10 @@ def goal_rows(rows):
         for row in rows:
             if device in row["machine"] and name in row["median_us"]:
                 yield goal_row(row, f"a call, {name}", "us", goal, [row["median_us"][name]] * 3)
+    for device, step, goal in cases.STEP_GOALS:
+        for row in rows:
+            if device in row["machine"] and row.get("step") == step:
+                yield goal_row(row, f"{step} {row['dtype']}", "eager", goal, row["ratio"]["before"])
 
 
 def goal_row(row, name, what, goal, measured):
@@ -214,6 +218,7 @@ def step_rows(rows):
         yield {
             "": f"{row['step']} {row['dtype']}, {row['patches']:,} patches",
             "whole step before, after": "{}, {}".format(*map(ms, in_order(row["median_us"]))),
+            "times ours": interval("eager", row["ratio"]["before"]),
             "lookup before, after": "{}, {}".format(*map(ms, in_order(row["lookup_us"]))),
             "share before, after": "{:.3%}, {:.3%}".format(*in_order(row["share"])),
             **again(row),

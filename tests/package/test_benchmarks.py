@@ -68,7 +68,9 @@ def test_a_call(variant, tmp_path):
     assert set(row["median_us"]) == set(row["call"]) > {"ours", "inference_mode"}
 
 
-@pytest.mark.parametrize("step", ["Gemma 4 forward", "Gemma 4 LoRA and table", "Qwen3-VL forward"])
+@pytest.mark.parametrize(
+    "step", ["Gemma 4 embedder", "Gemma 4 forward", "Gemma 4 LoRA and table", "Qwen3-VL forward"]
+)
 def test_step(kernel, monkeypatch, step):
     """On towers that are small: their shares are of no meaning."""
     monkeypatch.syspath_prepend(BENCHMARKS)
