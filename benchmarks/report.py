@@ -239,6 +239,7 @@ def mac_rows(rows):
                 "eager": f"{taken['eager'] / taken['ours']:.3g}x",
                 "must move": f"{row['floor_bytes'] / 1e6:.0f} MB",
                 "of a copy's bandwidth": f"{taken['copy'] / taken['ours']:.0%}",
+                "checks failed": len(row["failures"]),
                 "measured": f"torch {row['torch']}, commit {row['commit']}, {row['date']}",
             }
 

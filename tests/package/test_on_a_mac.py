@@ -41,6 +41,7 @@ def test_it_writes_what_the_report_reads(variant, tmp_path, monkeypatch):
     table = report.markdown(report.mac_rows(rows))
     assert len(table.splitlines()) == 2 + len(rows)
     assert f"| {rows[0]['chip']}, forward, image grids |" in table
+    assert "| checks failed |" in table and "| 0 |" in table
 
 
 @pytest.mark.variant("cpu")
