@@ -57,7 +57,7 @@ measure: build $(TESTS)
 	$(RUN) benchmarks/compare.py --list cpu --json benchmarks/results/cpu.json
 	$(RUN) benchmarks/compare.py --list scaling --json benchmarks/results/scaling.json
 	$(RUN) benchmarks/call.py --json benchmarks/results/call.json
-	$(RUN) benchmarks/step.py --dtype fp32 bf16 --json benchmarks/results/step.json
+	$(RUN) benchmarks/step.py --json benchmarks/results/step.json
 
 gate: build $(TESTS)
 	$(RUN) benchmarks/regression.py $(ARGS)

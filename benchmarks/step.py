@@ -27,14 +27,14 @@ from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
 sys.path.append(str(measure.ROOT / "upstream"))
 import patched
 
-# And the rounds of each.
-STEPS = {
-    "Gemma 4 embedder": 20,
-    "Gemma 4 forward": 2,
-    "Gemma 4 LoRA": 2,
-    "Gemma 4 LoRA and table": 2,
-    "Qwen3-VL forward": 2,
-}
+EMBEDDER = "Gemma 4 embedder"
+STEPS = (
+    EMBEDDER,
+    "Gemma 4 forward",
+    "Gemma 4 LoRA",
+    "Gemma 4 LoRA and table",
+    "Qwen3-VL forward",
+)
 
 
 class Clock:
@@ -53,13 +53,20 @@ def main():
     parser = measure.parser(__doc__)
     parser.add_argument("--rounds", type=int, help="default: 20 for the embedder, else 2")
     parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
-    parser.add_argument("--dtype", choices=measure.DTYPES, nargs="+", default=["fp32"])
+    parser.add_argument(
+        "--dtype",
+        choices=measure.DTYPES,
+        nargs="+",
+        help="default: fp32, of the embedder bf16 too",
+    )
     parser.add_argument("--patches", type=int, help="default: 2520 for Gemma 4, 1024 for Qwen3-VL")
     args = parser.parse_args()
     kernel, rows = measure.load_kernel(args.device), []
-    for step, dtype in itertools.product(args.step, args.dtype):
+    everywhere = itertools.product(args.step, args.dtype or ["fp32"])
+    of_embedder = [(EMBEDDER, "bf16")] if EMBEDDER in args.step and not args.dtype else []
+    for step, dtype in [*everywhere, *of_embedder]:
         patches = args.patches or (1024 if step.startswith("Qwen") else 2520)
-        rounds = args.rounds or STEPS[step]
+        rounds = args.rounds or (20 if step == EMBEDDER else 2)
         options = f"--device {args.device} --step '{step}' --dtype {dtype} --patches {patches}"
         command = f'make step ARGS="{options} --rounds {rounds}"'
         row = measure.origin(kernel, args.device, command)
@@ -71,7 +78,7 @@ def main():
 
 def measure_step(kernel, step, dtype, patches, rounds):
     torch.manual_seed(0)
-    tower = {"Gemma 4 embedder": embedder, "Qwen3-VL forward": qwen3_vl}.get(step, gemma4)
+    tower = {EMBEDDER: embedder, "Qwen3-VL forward": qwen3_vl}.get(step, gemma4)
     models, inputs, clocks = tower(kernel, dtype, patches)
     lookups = {name: [] for name in models}
 
