@@ -189,7 +189,7 @@ BROKEN = {
         LAUNCH, "backward.sum_pieces(width); «»", "backward.sum_pieces(width);", "reads the gradient too often",
     ),
     "Metal: the patch after the image's last": Broken(
-        METAL_INTERPOLATION, "if (patch < «»first + patches) {", "=", "patches differ|outside of writable memory",
+        METAL_INTERPOLATION, "if (patch «<» first + patches) {", "<=", "patches differ|outside of writable memory",
     ),
     "Metal: the wrong number of patches is silent": Broken(
         METAL_INTERPOLATION, "if («!has_patch && first != params.num_patches»)", "first > params.num_patches", "no error",

@@ -28,6 +28,8 @@ class Broken(NamedTuple):
             "If the source has changed, so must the broken version."
         )
         begin, end = found[0].span(1)
+        if not self.becomes:  # nor does the space after it stay, or a line might be indented
+            return text[:begin] + text[end:].lstrip()
         return f"{text[:begin]} {self.becomes} {text[end:]}"
 
 

@@ -58,9 +58,11 @@ def check_seeds(variant_dir):
 
 
 def check_many_rows(kernel):
-    """More rows than blocks; and rows that many blocks read, in sums that are exact."""
+    """More rows than blocks; and rows that many blocks read, in sums that are exact. One of these is a run
+    in one place and alone in others."""
     one_each = torch.arange(2600), torch.randn(2600, 8)
     shared = torch.randint(0, 2600, (8000,)), torch.randint(-8, 9, (8000, 8)).float()
+    shared[0][:100] = shared[0][3000:8000:1000] = 7
     for ids, grad in (one_each, shared):
         options = None, None, None, 2600, False, torch.float32
         (actual,) = kernel.op.ops.backward(grad, ids[:, None], *options)
@@ -70,8 +72,8 @@ def check_many_rows(kernel):
 
 def check_weights(kernel):
     """One shared table, more entries than lanes, and a sum of nothing but -0."""
-    for entries in (4, 40):
-        ids, weights = torch.randint(0, 30, (12, entries)), torch.randn(12, entries)
+    for tokens, entries in ((12, 4), (50, 40)):
+        ids, weights = torch.randint(0, 30, (tokens, entries)), torch.randn(tokens, entries)
         table = torch.randn(30, 72, requires_grad=True)
         weights[0], table.data[:, 0] = -1, 0  # -0 + -0 from +0 on is +0
         out = kernel.fused_embedding_lookup(ids, table, weights=weights)
