@@ -26,7 +26,7 @@ TESTS := $(VENV)/installed-tests
 TOOLKIT := .build/cuda-toolkit
 # A process a core. Two threads in each: one would leave code untested, and with more they wait for each other.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadgroup
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/* torch-ext/*.h torch-ext/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/cuda/* tests/simt/tiny/* $(addprefix tests/simt/metal/, *.h */*.h *.mm metal_stdlib))
 
 demo: build
 	$(RUN) examples/photos.py $(ARGS)
@@ -78,7 +78,7 @@ asan: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	LOCAL_KERNELS=kernels-community/fused-embedding-lookup=$(CURDIR)/.build/asan \
-	$(PYTEST) -s -p no:cacheprovider -k "not compile and not simt" tests/devices/test_cpu.py $(addprefix tests/op/test_, $(addsuffix .py, op errors torch scaling)) tests/models/test_gemma4.py $(ARGS)
+	$(PYTEST) -s -p no:cacheprovider -m asan -k "not compile and not simt" $(ARGS)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

@@ -1,105 +1,30 @@
 """Every test gets the kernel as users do: through `kernels.get_kernel`, on each device there is."""
 
 import copy
-import ctypes
-import functools
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-REPO_ID = "kernels-community/fused-embedding-lookup"
+# Before anything that imports `kernels`.
+from helpers.variants import VARIANTS, load_library, why_not  # isort: split
 
-# Before anything imports `kernels` or `transformers`. kernel-builder's test shell sets LOCAL_KERNELS
-# itself. Nothing here may reach for the network.
-os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import kernels
 import pytest
 import torch
 
-from helpers import reference
-from helpers.loopback_hub import LoopbackHub
+from helpers.loopback_hub import LoopbackHub, publish
 
-SIMT_BUILDS = ROOT / ".build" / "simt"
-
-# Why a test is skipped: "needs WHAT", and after a colon the command that brings it.
-NEEDS_GPU = "needs a GPU"
-NEEDS_CLANG = "needs clang 19 and GCC's Objective-C runtime: apt-get install clang-19 gobjc++"
 # Where .ci/run sets NOTHING_MAY_BE_MISSING nothing else may be, or it would be tested nowhere. (Not CI's own
 # variable: the builder's tests run under that too, where one variant is all there is.)
 MAY_BE_MISSING = re.compile("needs (a GPU|two GPUs|a Mac|a CPU with [a-z0-9]+)")
 
 
-class Variant(NamedTuple):
-    """A build of the kernel, and what there is to know about it in a test."""
-
-    name: str
-    device: torch.device  # of the tensors it takes
-    sources: str  # the folder of csrc/ that it is made of
-    floats: tuple  # the dtypes it takes
-
-    @property
-    def is_emulated(self):
-        """Run by tests/simt, which takes long."""
-        return self.name.endswith("-simt")
-
-    def load(self):
-        """The kernel's module."""
-        if self.is_emulated:
-            return kernels.get_local_kernel(SIMT_BUILDS / self.sources, backend="cpu")
-        return kernels.get_kernel(REPO_ID, version=1, backend=self.name)
-
-    def sum_eps(self, table_dtype):
-        """The precision in which a gradient of a table of `table_dtype` is summed."""
-        if self.sources == "cpu" and table_dtype.itemsize > 2:
-            return 2.0**-52
-        return 2.0**-23
-
-
-VARIANTS = {
-    "cpu": Variant("cpu", torch.device("cpu"), "cpu", reference.FLOATS),
-    # The GPUs' sources, run by tests/simt.
-    "cuda-simt": Variant("cuda-simt", torch.device("cpu"), "cuda", reference.FLOATS[:3]),
-    "metal-simt": Variant("metal-simt", torch.device("cpu"), "metal", reference.FLOATS[:3]),
-    "cuda": Variant("cuda", torch.device("cuda"), "cuda", reference.FLOATS[:3]),
-}
-
-
-@functools.cache
-def why_not(name):
-    """What is missing to test a variant here, or None."""
-    if name.endswith("-simt"):
-        sources = VARIANTS[name].sources
-        if (SIMT_BUILDS / sources).exists():
-            return None
-        return NEEDS_CLANG if sources == "metal" else f"needs the {name} variant: make test"
-    if name == "cuda" and not torch.cuda.is_available():
-        return NEEDS_GPU
-    local = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
-    platform = "cpu" if name == "cpu" else f"cu{torch.version.cuda.partition('.')[0]}*"
-    variants = [*local.glob(f"torch*-{platform}-*"), *local.glob(f"build/torch*-{platform}-*")]
-    return None if variants else f"needs the {name} variant: make build"
-
-
 def pytest_ignore_collect(collection_path, config):
-    """kernel-builder's `nix run .#ci-test` lacks what the other files import."""
-    if config.option.markexpr == "kernels_ci" and collection_path.suffix == ".py":
-        return "kernels_ci" not in collection_path.read_text() or None
+    """With `-m` and one of these, files without such a test: they import what isn't there, or take long."""
+    marker = config.option.markexpr
+    if marker in ("asan", "gpu", "kernels_ci", "sanitizer") and collection_path.suffix == ".py":
+        return f"mark.{marker}" not in collection_path.read_text() or None
     return None
-
-
-# LayerRepository takes the variant for torch's own backend.
-needs_torch_for_cpu = pytest.mark.skipif(
-    torch.version.cuda is not None and why_not("cuda") is not None,
-    reason="needs a GPU, or the build of torch for CPUs: make clean && "
-    "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make build",
-)
 
 
 def pytest_report_header():
@@ -122,13 +47,17 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("variant", variants, indirect=True, scope="session")
 
 
-def pytest_collection_modifyitems(items):
-    """Leaves out the dtypes that a variant doesn't take: float64, on GPUs."""
+def pytest_collection_modifyitems(items, config):
+    """Leaves out the dtypes that a variant doesn't take: float64, on GPUs. And of kernels_ci the engine's
+    builds, which take minutes: kernel-builder has none."""
+    without_engine = config.option.markexpr == "kernels_ci"
 
     def takes(item):
         parameters = getattr(item, "callspec", None) and item.callspec.params
         if not parameters or "variant" not in parameters:
             return True
+        if without_engine and VARIANTS[parameters["variant"]].is_emulated:
+            return False
         dtypes = {parameters.get(name) for name in ("dtype", "residual_dtype")}
         return torch.float64 not in dtypes - {*VARIANTS[parameters["variant"]].floats}
 
@@ -240,10 +169,8 @@ def variant_dir(kernel):
 @pytest.fixture
 def synchronize(variant_dir):
     """Returns what PyTorch would raise when it next synchronises with the MPS stream, or None."""
-    (extension,) = variant_dir.glob("*.abi3.so")
-    function = ctypes.CDLL(extension).metal_synchronize
-    function.restype = ctypes.c_char_p
-    return lambda: (function() or b"").decode() or None
+    library = load_library(variant_dir)
+    return lambda: (library.metal_synchronize() or b"").decode() or None
 
 
 @pytest.fixture
@@ -264,20 +191,6 @@ def swap_in(variant_dir, monkeypatch):
         monkeypatch.setattr(layer, "kernel_layer_name", None, raising=False)
         monkeypatch.setattr(layer, "kernel_condition", None, raising=False)
     return lambda model, *args: swapping.swap(copy.deepcopy(model), variant_dir, *args)
-
-
-def publish(hub, home, root=ROOT, fails=False):
-    """Run tools/publish.py against the hub. Returns its output."""
-    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    result = subprocess.run(
-        [sys.executable, root / "tools" / "publish.py"],
-        env=environment | hub.environment(home),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,7 @@ run() {
 
 # By the names that pytest gives the variants.
 if [[ $device == simt ]]; then variant="cuda-simt"; else variant="cuda and not simt"; fi
-# Every kernel, with vectors and without. The sanitizer makes them slow.
-few="$variant and (every_length or no_tokens or special_values or many_token_dimensions or one_hot)"
-pytest=("$python" -m pytest -q -p no:cacheprovider)
+pytest=("$python" -m pytest -q -p no:cacheprovider -k "$variant")
 
 [[ $device == cuda ]] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 if [[ $device == simt ]]; then
@@ -58,16 +56,16 @@ for phase in "${phases[@]}"; do
       run call "$python" benchmarks/call.py --device "$device" --json "${results}call.json"
       ;;
     test)
-      tests=(tests/op/test_op.py tests/op/test_errors.py tests/op/test_torch.py tests/devices/test_cuda.py)
-      [[ $device == simt ]] && tests=(tests/op/test_op.py -k "$few") || tests+=(-k "$variant")
-      run test "${pytest[@]}" "${tests[@]}"
+      marker=gpu
+      [[ $device == simt ]] && marker=sanitizer  # fewer: the engine is slow
+      run test "${pytest[@]}" -m "$marker"
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck synccheck; do
         sanitizer=(timeout 115 compute-sanitizer --tool "$tool" --error-exitcode 1
           --kernel-name kernel_substring=embedding_lookup)
         [[ $device == simt ]] && sanitizer=(env "SANITIZER_REHEARSED=$tool")
-        run "sanitize $tool" "${sanitizer[@]}" "${pytest[@]}" -k "$few" tests/op/test_op.py
+        run "sanitize $tool" "${sanitizer[@]}" "${pytest[@]}" -m sanitizer
         [[ $device == simt ]] && break
       done
       ;;

@@ -1,47 +1,35 @@
 """The CPU variant's instruction sets: each is picked, each gives the same bits."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import ROOT, process
 
-pytestmark = pytest.mark.variant("cpu")
+pytestmark = [pytest.mark.asan, pytest.mark.variant("cpu")]
 
 CPU_FLAGS = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
 NEEDS = {"default": "", "avx2": " avx2 ", "avx512": " avx512bw "}
 HERE = [name for name, flag in NEEDS.items() if flag in CPU_FLAGS]
 
 
-def run(capability, *arguments):
+def python_with(capability, *arguments):
     """Run Python with PyTorch's variable for capping the instruction set."""
     if capability not in HERE:
         pytest.skip(f"needs a CPU with {capability}")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return process.python(*arguments, ATEN_CPU_CAPABILITY=capability).stdout
 
 
 @pytest.mark.parametrize("capability", NEEDS)
 def test_capability_is_the_one_asked_for(kernel, capability):
     script = (
-        "import conftest, kernels\n"
-        "kernel = kernels.get_kernel(conftest.REPO_ID, version=1, backend='cpu')\n"
-        "print(kernel.op.ops.cpu_capability())"
+        "from helpers.variants import VARIANTS\n"
+        "print(VARIANTS['cpu'].load().op.ops.cpu_capability())"
     )
-    assert run(capability, "-c", script).strip() == capability
+    assert python_with(capability, "-c", script).strip() == capability
 
 
 @pytest.mark.kernels_ci
@@ -52,9 +40,10 @@ def test_capability_is_the_best_there_is(kernel):
 
 
 HASHES = """
-import hashlib, conftest, kernels, torch
+import hashlib, torch
 from helpers import reference
-kernel = kernels.get_kernel(conftest.REPO_ID, version=1, backend="cpu")
+from helpers.variants import VARIANTS
+kernel = VARIANTS["cpu"].load()
 generator = torch.Generator().manual_seed(0)
 
 def floats(*shape):  # torch.randn's depend on the instruction set
@@ -77,17 +66,17 @@ for rows, weighted in ((30, True), (30, False), (3000, True), (3000, False)):  #
 @pytest.mark.parametrize("capability", ["avx2", "avx512"])
 def test_results_do_not_depend_on_the_instruction_set(kernel, capability):
     """The bits of forwards and gradients, both ways of the latter, are the baseline's."""
-    hashes = run(capability, "-c", HASHES)
+    hashes = python_with(capability, "-c", HASHES)
     assert len({line.split()[-1] for line in hashes.splitlines()}) == 32
-    assert hashes == run("default", "-c", HASHES)
+    assert hashes == python_with("default", "-c", HASHES)
 
 
 @pytest.mark.parametrize("capability", HERE[:-1])
 def test_op_with_a_lesser_instruction_set(kernel, capability):
     """test_op.py, whole, with what a CPU without this one's best instructions would run."""
-    assert " passed" in run(
-        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", "op/test_op.py"
-    )
+    tests = ["-k", "cpu", ROOT / "tests/op/test_op.py"]
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    assert " passed" in python_with(capability, *pytest, *tests)
 
 
 @pytest.mark.kernels_ci

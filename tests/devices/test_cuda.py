@@ -1,24 +1,22 @@
 """What only a GPU can show: streams, graphs, launches, memory. The op itself is in test_op.py."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from helpers import reference
+from helpers import ROOT, process, reference
+from helpers.problems import grid, problem
 from helpers.profiled import on_the_gpu
 
-pytestmark = pytest.mark.variant("cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.variant("cuda")]
 
 
-def problem(batch=4, dtype=torch.bfloat16, hidden=768, rows=10240):
+def gemma4(batch=4):
     """Gemma 4's arguments, and a gradient."""
-    ids = reference.grid(batch, 2520, 60, 40)
-    table = torch.randn(2, rows, hidden, dtype=dtype, requires_grad=True)
-    residual = torch.randn(batch, 2520, hidden, dtype=dtype)
-    return ids, table, (ids == -1).all(-1), residual, torch.randn_like(residual)
+    dtype = torch.bfloat16
+    ids = grid(batch, 2520, 60, 40)
+    arguments = problem(ids, 10240, 768, dtype, padding=True, residual=dtype)
+    arguments["table"].requires_grad_()
+    return *arguments.values(), torch.randn_like(arguments["residual"])
 
 
 def step(kernel, ids, table, padding, residual, grad):
@@ -59,7 +57,7 @@ OTHERS = {"indices and weights": 1, "pixels": 1, "layer": 2}  # launches
 @pytest.mark.parametrize("batch", [1, 40])
 def test_launches(kernel, batch):
     """One forward; five backward, of which two sort: 20,481 numbers of rows have two digits."""
-    ids, table, padding, residual, grad = problem(batch)
+    ids, table, padding, residual, grad = gemma4(batch)
 
     def forward():
         return kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
@@ -79,7 +77,7 @@ def test_launches_of_the_others(others, name):
 
 def test_backward_is_deterministic(kernel):
     """50 runs, bit for bit, of sums in one run, in several runs and of single tokens."""
-    ids, table, padding, residual, grad = problem(8)
+    ids, table, padding, residual, grad = gemma4(8)
     for these in (ids, torch.randint_like(ids, 10240), torch.randint_like(ids, 3)):
         expected = step(kernel, these, table, padding, residual, grad)[1]
         for _ in range(50):
@@ -89,7 +87,7 @@ def test_backward_is_deterministic(kernel):
 
 def test_cpu_and_gpu_agree(kernel):
     """The GPU's outputs are the CPU variant's of the same arguments, to the bit."""
-    ids, table, padding, residual, grad = problem(2)
+    ids, table, padding, residual, grad = gemma4(2)
     out, _ = step(kernel, ids, table, padding, residual, grad)
     expected = reference.eager(
         ids.cpu(), table.cpu(), padding=padding.cpu(), residual=residual.cpu()
@@ -99,7 +97,7 @@ def test_cpu_and_gpu_agree(kernel):
 
 def test_side_stream(kernel):
     """The work is queued on the current stream: after what is there, before what comes."""
-    ids, table, padding, residual, grad = problem(8)
+    ids, table, padding, residual, grad = gemma4(8)
     expected = step(kernel, ids, table, padding, residual, grad)
     late = torch.empty_like(residual)
     torch.cuda.synchronize()
@@ -128,7 +126,7 @@ def assert_no_synchronisation(call):
 
 
 def test_no_synchronisation(kernel):
-    arguments = problem()
+    arguments = gemma4()
     assert_no_synchronisation(lambda: step(kernel, *arguments))
 
 
@@ -149,7 +147,7 @@ def test_transformers_synchronises(variant):
 
 def test_graph(kernel):
     """Captured once, replayed with other ids and values."""
-    ids, table, padding, residual, grad = problem()
+    ids, table, padding, residual, grad = gemma4()
     step(kernel, ids, table, padding, residual, grad)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -184,24 +182,15 @@ def test_graph_of_the_others(others, name):
 
 def test_first_call_in_a_capture(kernel):
     """In a process of its own, in which nothing of ours has been loaded."""
-    script = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "gpu.py"
-    result = subprocess.run(
-        [sys.executable, script, "first-capture"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    process.python(ROOT / "benchmarks" / "gpu.py", "first-capture")
 
 
 @pytest.mark.parametrize("argument", ["table", "padding", "residual"])
 def test_two_devices_are_refused(kernel, argument):
-    arguments = {
-        "position_ids": torch.zeros(2, 5, 3, dtype=torch.int64),
-        "table": torch.randn(3, 4, 8),
-        "padding": torch.zeros(2, 5, dtype=torch.bool),
-        "residual": torch.randn(2, 5, 8),
-    }
+    arguments = problem((2, 5, 3), 4, 8, padding=0.1, residual=torch.float32)
     arguments[argument] = arguments[argument].cpu()
     with pytest.raises(ValueError, match=f"{argument} must be on the device of position_ids"):
-        kernel.fused_embedding_lookup(arguments.pop("position_ids"), **arguments)
+        kernel.fused_embedding_lookup(**arguments)
 
 
 def test_a_grid_on_another_device_is_refused(kernel, variant_dir, monkeypatch):
@@ -217,7 +206,7 @@ def test_a_grid_on_another_device_is_refused(kernel, variant_dir, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current(kernel):
-    ids, table, padding, residual, grad = problem()
+    ids, table, padding, residual, grad = gemma4()
     expected = step(kernel, ids, table, padding, residual, grad)
     moved = [tensor.detach().to("cuda:1") for tensor in (ids, table, padding, residual, grad)]
     moved[1].requires_grad_()
@@ -227,7 +216,7 @@ def test_another_device_than_the_current(kernel):
 
 def test_peak_memory(kernel):
     """A forward and backward hold the result, the table's gradient and 25 MB at most."""
-    arguments = problem(40)
+    arguments = gemma4(40)
     _, table, _, residual, _ = arguments
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -7,43 +7,36 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from test_package import SYSTEM, undefined_symbols
 
-from conftest import ROOT
+from helpers import ROOT, process, variants
+from helpers.symbols import SYSTEM, undefined_symbols
+from helpers.variants import NEEDS_ALL_OF_CUDA
 
-LOCAL = Path(os.environ["LOCAL_KERNELS"].partition("=")[2])
 TOOLKIT = ROOT / ".build/cuda-toolkit"
 TOOLKIT_CUOBJDUMP = TOOLKIT / "triton/backends/nvidia/bin/cuobjdump"
-
 
 pytestmark = [
     pytest.mark.check("the CUDA variant's machine code for all architectures"),
     pytest.mark.xdist_group("cuda_binary"),  # which is disassembled once
 ]
-NOT_BUILT = "needs the CUDA variant for all architectures: make cuda"
 
 
 @pytest.fixture(scope="module")
 def folder():
-    folders = [
-        folder for place in (LOCAL, LOCAL / "build") for folder in place.glob("torch*-cu[0-9]*-*")
-    ]
+    folders = variants.builds("cu[0-9]*")
     if not folders:
-        pytest.skip(NOT_BUILT)
+        pytest.skip(NEEDS_ALL_OF_CUDA)
     return folders[0]
 
 
 @pytest.fixture(scope="module")
 def extension(folder):
-    (extension,) = folder.glob("*.abi3.so")
-    return extension
+    return variants.extension(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,7 @@ def resources(folder):
         for name, arch, *numbers in entries:
             report[arch][demangle(name)] = tuple(map(int, numbers))
     if not report:
-        pytest.skip(NOT_BUILT)
+        pytest.skip(NEEDS_ALL_OF_CUDA)
     return report
 
 
@@ -69,10 +62,8 @@ def machine_code(extension):
     """The instructions of each kernel, by architecture."""
     cuobjdump = TOOLKIT_CUOBJDUMP if TOOLKIT_CUOBJDUMP.exists() else shutil.which("cuobjdump")
     if cuobjdump is None:
-        pytest.skip(NOT_BUILT)
-    listing = subprocess.run(
-        [cuobjdump, "--dump-sass", extension], check=True, capture_output=True, text=True
-    ).stdout
+        pytest.skip(NEEDS_ALL_OF_CUDA)
+    listing = process.run(cuobjdump, "--dump-sass", extension).stdout
     code = defaultdict(dict)
     for arch, rest in re.findall(
         r"\tcode for (sm_\d+)\n(.*?)(?=\tcode for |\Z)", listing, re.DOTALL
@@ -118,7 +109,7 @@ def first_wait(instructions, loads):
 
 def demangle(name):
     """forward_kernel<BFloat16, BFloat16, 8, 2>"""
-    full = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
+    full = process.run("c++filt", name).stdout
     short = re.search(r"(\w+_kernel(?:<.*>)?)\(", full.replace("(anonymous namespace)::", ""))
     return re.sub(r"[\w]+::", "", short[1]) if short else full.strip()
 
@@ -303,9 +294,7 @@ def test_size(extension):
 def test_links_to_nothing_of_cuda_but_the_runtime(extension):
     """Which comes with torch; of torch only the stable ABI's C functions are used."""
     undefined, _ = undefined_symbols(extension)
-    needed = subprocess.run(
-        ["readelf", "--dynamic", extension], check=True, capture_output=True, text=True
-    ).stdout
+    needed = process.run("readelf", "--dynamic", extension).stdout
     assert re.findall(r"NEEDED.*\[lib(cu\w+|nv\w+)", needed) == ["cudart"]
     assert "aoti_torch_get_current_cuda_stream" in undefined
     stable = re.compile(r"(__)?cuda\w+@libcudart|aoti_torch_|torch_|PyModule_Create2$")
@@ -317,12 +306,13 @@ def test_loads_where_there_is_no_gpu(extension, tmp_path):
     if torch.version.cuda is None:  # then torch lacks what is CUDA's: the runtime and one function
         runtimes = list(TOOLKIT.glob("nvidia/cu*/lib/libcudart.so.*"))
         if not runtimes:
-            pytest.skip(NOT_BUILT)
+            pytest.skip(NEEDS_ALL_OF_CUDA)
         ctypes.CDLL(runtimes[0], mode=ctypes.RTLD_GLOBAL)
-        stub = tmp_path / "stub.so"
-        source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
-        compiler = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", stub]
-        subprocess.run(compiler, input=source, check=True, text=True)
+        source, stub = tmp_path / "stub.cpp", tmp_path / "stub.so"
+        source.write_text(
+            'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+        )
+        process.run(os.environ.get("CXX", "c++"), "-shared", "-fPIC", source, "-o", stub)
         ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(extension)
     ops = getattr(torch.ops, extension.name.removesuffix(".abi3.so"))

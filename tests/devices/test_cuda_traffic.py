@@ -3,17 +3,12 @@
 The README's table, for 2 images of 60 x 40 patches padded to 2520, H = 768 and bfloat16.
 """
 
-import sys
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from conftest import ROOT
-from helpers import reference
-
-sys.path.insert(0, str(ROOT / "tests" / "simt"))
-from traffic import Moved, count_traffic
+from helpers.problems import grid, problem
+from simt.traffic import Moved, count_traffic
 
 pytestmark = pytest.mark.variant("cuda-simt")
 
@@ -26,10 +21,8 @@ ROWS_USED = WIDTH + HEIGHT
 
 @pytest.fixture(scope="module")
 def arguments():
-    ids = reference.grid(BATCH, PATCHES, WIDTH, HEIGHT)
-    table = torch.randn(2, ROWS, HIDDEN).bfloat16()
-    residual = torch.randn(BATCH, PATCHES, HIDDEN).bfloat16()
-    return ids, table, (ids == -1).all(-1), residual
+    ids, dtype = grid(BATCH, PATCHES, WIDTH, HEIGHT), torch.bfloat16
+    return problem(ids, ROWS, HIDDEN, dtype, padding=True, residual=dtype).values()
 
 
 def test_forward(variant_dir, kernel, arguments):
@@ -54,16 +47,16 @@ def test_forward(variant_dir, kernel, arguments):
 
 def test_weighted_forward(variant_dir, kernel):
     """Qwen3-VL's: every row once an entry, whatever its weight; ids and weights once."""
-    ids, weights = torch.randint(0, 300, (200, 4)), torch.rand(200, 4)
-    table, residual = torch.randn(300, 1152).bfloat16(), torch.randn(200, 1152).bfloat16()
+    dtype = torch.bfloat16
+    given = problem((200, 4), 300, 1152, dtype, shared=True, weighted=True, residual=dtype)
     log = []
     with count_traffic(variant_dir, log):
-        kernel.fused_embedding_lookup(ids, table, weights=weights, residual=residual)
+        kernel.fused_embedding_lookup(**given)
     (launch,) = log
-    assert launch[weights.data_ptr()].read_by_blocks == 200 * 4 * 4
-    assert launch[ids.data_ptr()].read_by_blocks == 200 * 4 * 8
-    assert launch[residual.data_ptr()].read == 200 * 1152 * 2
-    assert launch[table.data_ptr()].read == 4 * 200 * 1152 * 2
+    assert launch[given["weights"].data_ptr()].read_by_blocks == 200 * 4 * 4
+    assert launch[given["position_ids"].data_ptr()].read_by_blocks == 200 * 4 * 8
+    assert launch[given["residual"].data_ptr()].read == 200 * 1152 * 2
+    assert launch[given["table"].data_ptr()].read == 4 * 200 * 1152 * 2
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 40])
@@ -161,7 +154,7 @@ def test_workspace(kernel, kind):
     """Linear in the tokens, and no more than 25 MB for 40 images of 2520 patches."""
     sizes = []
     for batch in (4, 8):
-        ids = reference.grid(batch, 2520, 60, 40)
+        ids = grid(batch, 2520, 60, 40)
         if kind == "random":
             ids = torch.randint_like(ids, 10240)
         grad = torch.randn(1, 1, 1).bfloat16().expand(batch, 2520, 96)

@@ -1,23 +1,20 @@
 """The Metal variant: its host side, what it moves, and what a compiler makes of it, on tests/simt."""
 
-import ctypes
-import os
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import NEEDS_CLANG, ROOT
-from helpers import reference
+from helpers import ROOT, process, reference
+from helpers.broken import Broken
+from helpers.engine import check, check_grids_of_32_bits, step
 from helpers.memory import total_allocated
-
-sys.path.insert(0, str(ROOT / "tests" / "simt"))
-from traffic import count_traffic
+from helpers.problems import grid
+from helpers.variants import NEEDS_CLANG, load_library
+from simt.traffic import count_traffic
 
 CLANG = "clang++-19"
 pytestmark = [pytest.mark.variant("metal-simt"), pytest.mark.usefixtures("variant")]
@@ -25,27 +22,7 @@ pytestmark = [pytest.mark.variant("metal-simt"), pytest.mark.usefixtures("varian
 
 @pytest.fixture(scope="module")
 def emulator(variant_dir):
-    (extension,) = variant_dir.glob("*.abi3.so")
-    return ctypes.CDLL(extension)
-
-
-def step(kernel, seed, hidden=40):
-    """A forward and a backward. Returns the output and the table's gradient, and what they should be."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, 6, (3, 50, 2), generator=generator)
-    table = torch.randn(2, 6, hidden, generator=generator, requires_grad=True)
-    residual = torch.randn(3, 50, hidden, generator=generator)
-    out = kernel.fused_embedding_lookup(ids, table, residual=residual)
-    out.backward(residual)
-    return (out, table.grad), (
-        reference.eager(ids, table, residual=residual),
-        reference.grad_table(residual, ids, 6)[0].float(),
-    )
-
-
-def check(results, expected):
-    assert torch.equal(results[0], expected[0])
-    torch.testing.assert_close(results[1], expected[1])
+    return load_library(variant_dir)
 
 
 def test_eight_threads_on_one_stream(kernel):
@@ -57,27 +34,20 @@ def test_eight_threads_on_one_stream(kernel):
             check(results, expected)
 
 
-def run(script, **environment):
-    """In a process that has made no pipelines yet."""
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tests",
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "devices")} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# In a process that has made no pipelines yet.
+LOADED = """
+from helpers.variants import SIMT_BUILDS, VARIANTS, load_library
+import torch
+kernel = VARIANTS["metal-simt"].load()
+emulator = load_library(next((SIMT_BUILDS / "metal").iterdir()))
+"""
 
 
 def test_no_object_is_left_behind():
     """But the pipelines, which are made once."""
-    result = run("""
-import ctypes
-import torch
-import conftest
-kernel = conftest.VARIANTS["metal-simt"].load()
-(extension,) = (conftest.SIMT_BUILDS / "metal").glob("*/*.abi3.so")
-emulator = ctypes.CDLL(extension)
+    process.script(
+        LOADED
+        + """
 def step(dtype):
     table = torch.ones(1, 4, 8, dtype=dtype, requires_grad=True)
     kernel.fused_embedding_lookup(torch.zeros(3, 1, dtype=torch.int64), table).sum().backward()
@@ -85,41 +55,35 @@ def step(dtype):
 live = step(torch.float32)
 assert step(torch.float32) == live
 assert step(torch.float16) == live + 3  # the pipelines of its forward and its sums
-""")
-    assert result.returncode == 0, result.stderr
+"""
+    )
 
 
 def test_streams_share_their_pipelines_under_a_lock():
     """Eight threads, each on a stream with a queue of its own, which all want them at first."""
-    result = run("""
-import ctypes, threading
-import conftest, test_metal
-kernel = conftest.VARIANTS["metal-simt"].load()
-(extension,) = (conftest.SIMT_BUILDS / "metal").glob("*/*.abi3.so")
-emulator = ctypes.CDLL(extension)
+    process.script(
+        LOADED
+        + """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from helpers.engine import check, step
 barrier = threading.Barrier(8)
-failed = []
 def work(stream):
     emulator.metal_set_stream(stream)
     barrier.wait()
-    try:
-        for seed in range(3):
-            test_metal.check(*test_metal.step(kernel, 10 * stream + seed))
-    except BaseException as error:
-        failed.append(error)
-threads = [threading.Thread(target=work, args=(stream,)) for stream in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-assert not failed, failed
-""")
-    assert result.returncode == 0, result.stderr
+    for seed in range(3):
+        check(*step(kernel, 10 * stream + seed))
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(work, range(8)))
+"""
+    )
 
 
 @pytest.mark.parametrize("threads", [32, 224, 1000])
 def test_threadgroups_are_no_larger_than_a_pipeline_allows(kernel, emulator, threads):
     emulator.metal_set_max_threads(threads)
     try:
-        check(*step(kernel, 0))
+        check(*step(kernel))
         check(*step(kernel, 1, hidden=1500))
     finally:
         emulator.metal_set_max_threads(1024)
@@ -133,26 +97,15 @@ def dry_run(emulator):
     emulator.metal_run_shaders(True)
 
 
-LARGEST = 2**31 - 1
-
-
 def test_grids_have_at_most_32_bits_of_threads(kernel, dry_run):
-    """At the largest sizes that the op takes, in memory of which no page is touched."""
-    ids = torch.zeros(1, 1, dtype=torch.int32).expand(LARGEST, 1)
-    table = torch.zeros(1, 1, 1, dtype=torch.float16)
-    residual = torch.zeros(1, 1, dtype=torch.float16).expand(LARGEST, 1)
-    kernel.fused_embedding_lookup(ids, table)
-    kernel.fused_embedding_lookup(ids, table, residual=residual)
-    rows = 2**32 // 256 + 1  # a threadgroup of 256 threads each
-    grad = torch.zeros(1, 257, dtype=torch.float16)
-    kernel.op.ops.backward(grad, ids[:1], None, None, None, rows, False, torch.float16)
+    check_grids_of_32_bits(kernel)
 
 
 def test_a_grid_of_fewer_threadgroups_than_tokens_or_rows(kernel, emulator):
     """What is done where there would be too many: each takes several turns."""
     emulator.metal_set_max_threadgroups(3)
     try:
-        check(*step(kernel, 0))
+        check(*step(kernel))
         check(*step(kernel, 1, hidden=300))
         ids, table = torch.arange(50)[:, None], torch.randn(1, 50, 40)
         assert torch.equal(kernel.fused_embedding_lookup(ids, table), table[0])
@@ -222,13 +175,11 @@ def test_the_workspace(kernel, dry_run, tokens, entries, hidden, bytes_per_token
 
 def test_a_pipeline_that_cannot_be_made_is_named():
     """With Metal's own reason. The exception doesn't cross the queue, which could not let it through."""
-    script = (
-        "import conftest, torch\n"
-        "kernel = conftest.VARIANTS['metal-simt'].load()\n"
-        "ids, table = torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8, dtype=torch.bfloat16)\n"
-        "kernel.fused_embedding_lookup(ids, table)\n"
-    )
-    result = run(script, METAL_EMULATOR_NO_PIPELINES="1")
+    lookup = """
+ids, table = torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8, dtype=torch.bfloat16)
+kernel.fused_embedding_lookup(ids, table)
+"""
+    result = process.script(LOADED + lookup, fails=True, METAL_EMULATOR_NO_PIPELINES=1)
     assert (
         "RuntimeError: fused_embedding_lookup failed: no pipeline for the Metal function "
         "lookup_copy_ushort_4: the emulator was told to fail"
@@ -237,12 +188,10 @@ def test_a_pipeline_that_cannot_be_made_is_named():
 
 def test_simdgroups_of_another_width_are_refused():
     """Which no Apple GPU has: the shaders count on 32."""
-    script = (
-        "import conftest, torch\n"
-        "kernel = conftest.VARIANTS['metal-simt'].load()\n"
-        "kernel.fused_embedding_lookup(torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8))\n"
+    lookup = (
+        "kernel.fused_embedding_lookup(torch.zeros(3, 1, dtype=torch.int64), torch.randn(1, 4, 8))"
     )
-    result = run(script, METAL_EMULATOR_SIMD_WIDTH="64")
+    result = process.script(LOADED + lookup, fails=True, METAL_EMULATOR_SIMD_WIDTH=64)
     assert (
         "RuntimeError: fused_embedding_lookup failed: simdgroups of this GPU have 64 threads, not 32"
     ) in result.stderr
@@ -259,7 +208,7 @@ def memory_bytes(launches):
 
 
 TOKENS = {
-    "image grids": lambda: reference.grid(40, 2520, 60, 42).reshape(-1, 2),
+    "image grids": lambda: grid(40, 2520, 60, 42).reshape(-1, 2),
     "one id": lambda: torch.full((100800, 2), 7),
 }
 
@@ -324,13 +273,11 @@ def compile_shaders(sources, folder):
     for name in ("forward", "backward", "interpolation", "scaling"):
         source, reflected = sources / f"{name}.metal", folder / f"{name}.cpp"
         compiler = [CLANG, "-D__METAL_VERSION__=400", f"-I{stand_ins}"]
-        reflect = [sys.executable, stand_ins / "reflect.py", *compiler, "--", source, reflected]
         flags = "-std=c++17 -O2 -ffast-math -fno-exceptions -fno-vectorize -fno-slp-vectorize -w"
         # All functions become part of the kernels, as Apple's compiler has it unless told otherwise.
         flags += " -mllvm -inline-threshold=100000 -DMETAL_ADDRESS_SPACES -S -emit-llvm -o -"
-        subprocess.run(reflect, check=True)
-        command = [*compiler, f"-I{sources}", *flags.split(), reflected]
-        texts.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        process.python(stand_ins / "reflect.py", *compiler, "--", source, reflected)
+        texts.append(process.run(*compiler, f"-I{sources}", *flags.split(), reflected).stdout)
     return "".join(texts)
 
 
@@ -374,38 +321,50 @@ def test_loads_of_a_batch_come_before_the_first_sum(needs_clang, tmp_path):
 
 
 SLOW = {
-    "a loop stays a loop": (
-        "common.h", '#define UNROLL _Pragma("clang loop unroll(full)")', "#define UNROLL _Pragma(\"clang loop unroll(disable)\")", "keeps an array in memory",
+    "a loop stays a loop": Broken(
+        "csrc/metal/common.h", '#define UNROLL _Pragma("clang loop unroll(«full»)")', "disable",
+        "keeps an array in memory",
     ),
-    "a load is conditional": (
-        "backward.metal", "      values[i] = load<N>(columns + shuffle(", "      if (first + i < count) values[i] = load<N>(columns + shuffle(", "lookup_backward_rows.* vectors at once, not",
+    "a load is conditional": Broken(
+        "csrc/metal/backward.metal", "«» values[i] = load<N>(columns + shuffle(",
+        "if (first + i < count)", "lookup_backward_rows.* vectors at once, not",
     ),
-    "a sum comes between the loads": (
-        "forward.metal", "add_rows<2, N>(lookup, table, entries, k, first, lane, sums);", "add_rows<1, N>(lookup, table, entries, k, first, lane, sums); add_rows<1, N>(lookup, table, entries, k + 1, first, lane, sums);", "lookup_forward.* vectors at once, not",
+    "a sum comes between the loads": Broken(
+        "csrc/metal/forward.metal", "«add_rows<2, N>(lookup, table, entries, k, first, lane, sums);»",
+        "add_rows<1, N>(lookup, table, entries, k, first, lane, sums);"
+        " add_rows<1, N>(lookup, table, entries, k + 1, first, lane, sums);",
+        "lookup_forward.* vectors at once, not",
     ),
-    "the residual waits for the ids": (
-        "forward.metal", "    load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);\n    entries.resolve(lookup, params, pads, token, lane, errors);\n", "    entries.resolve(lookup, params, pads, token, lane, errors);\n    load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);\n", "lookup_forward.* before the residual is requested",
+    "the residual waits for the ids": Broken(
+        "csrc/metal/forward.metal",
+        "«load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);"
+        " entries.resolve(lookup, params, pads, token, lane, errors);»",
+        "entries.resolve(lookup, params, pads, token, lane, errors);"
+        " load_residuals<Residual, N>(lookup, params, token_residual, 0, lane, residuals);",
+        "lookup_forward.* before the residual is requested",
     ),
-    "pixels are loaded where they are stored": (
-        "scaling.metal", "    simdgroup_barrier(mem_flags::mem_none);\n", "", "scale_pixels.* vectors at once, not",
+    "pixels are loaded where they are stored": Broken(
+        "csrc/metal/scaling.metal", "«simdgroup_barrier(mem_flags::mem_none);»", "",
+        "scale_pixels.* vectors at once, not",
     ),
-    "taps stay in a loop": (
-        "interpolation.metal", "      UNROLL for (int i = 0; i < kTaps; ++i) {\n", "      _Pragma(\"clang loop unroll(disable)\") for (int i = 0; i < kTaps; ++i) {\n", "vision_interpolation.* keeps an array in memory",
+    "taps stay in a loop": Broken(
+        "csrc/metal/interpolation.metal", "«UNROLL» for (int i = 0; i < kTaps; ++i) {",
+        '_Pragma("clang loop unroll(disable)")', "vision_interpolation.* keeps an array in memory",
     ),
-    "a 64-bit division": (
-        "backward.metal", "const uint token = entry / lookup.num_entries;", "const uint token = static_cast<uint>(static_cast<uint64_t>(entry) / static_cast<uint64_t>(lookup.num_rows));", "divides 64-bit integers",
+    "a 64-bit division": Broken(
+        "csrc/metal/backward.metal", "const uint token = «entry / lookup.num_entries»;",
+        "static_cast<uint>(static_cast<uint64_t>(entry) / static_cast<uint64_t>(lookup.num_rows))",
+        "divides 64-bit integers",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path, old, new, message", SLOW.values(), ids=SLOW)
-def test_slow_sources_are_noticed(needs_clang, tmp_path, path, old, new, message):
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_sources_are_noticed(needs_clang, tmp_path, name):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    sources = tmp_path / "csrc/metal"
-    text = (sources / path).read_text()
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path}"
-    (sources / path).write_text(text.replace(old, new))
-    assert re.search(message, "\n".join(inspect(compile_shaders(sources, tmp_path))))
+    (tmp_path / SLOW[name].file).write_text(SLOW[name].apply(name))
+    wrong = inspect(compile_shaders(tmp_path / "csrc" / "metal", tmp_path))
+    assert re.search(SLOW[name].red, "\n".join(wrong))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,11 +412,19 @@ def check_syntax(launcher, torch_version):
     command += [f"-I{ROOT / 'csrc'}", f"-I{stand_ins}", "-isystem", include]
     command += ["-isystem", str(Path(objc).parent), '-DEMBEDDED_METALLIB_HEADER="metallib.h"']
     command += ["-DEMBEDDED_METALLIB_NAMESPACE=simt_metal", launcher]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stderr
+    return process.run(*command, fails=None).stderr
 
 
 def macos_versions():
     return sorted(path.name for path in (ROOT / ".build/macos-torch").glob("2.*"))
+
+
+OTHER_NAME = Broken(
+    "csrc/metal/launch.mm",
+    "dispatch_sync(stream->«queue()», ^{",
+    "serialQueue()",
+    red="no member named 'serialQueue'",
+)
 
 
 def test_the_launcher_compiles_with_the_headers_of_macos(needs_clang, tmp_path):
@@ -466,7 +433,7 @@ def test_the_launcher_compiles_with_the_headers_of_macos(needs_clang, tmp_path):
     launcher = ROOT / "csrc/metal/launch.mm"
     broken = tmp_path / "launch.mm"
     shutil.copy2(launcher.parent / "arguments.h", tmp_path)
-    broken.write_text(launcher.read_text().replace("stream->queue()", "stream->serialQueue()"))
+    broken.write_text(OTHER_NAME.apply("a method has another name"))
     for version in macos_versions():
         assert check_syntax(launcher, version) == ""
-        assert "no member named 'serialQueue'" in check_syntax(broken, version)
+        assert re.search(OTHER_NAME.red, check_syntax(broken, version))

@@ -6,28 +6,31 @@ Each build is looked at in a process of its own, forked from this one, which has
 Its output goes to the file LOG, its exit status to this one's standard output.
 """
 
-import ctypes
 import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from helpers.variants import load_library  # isort: split
+
 import kernels
 import torch
-from test_metal import check, step
-from test_metal import test_grids_have_at_most_32_bits_of_threads as check_grids_of_32_bits
-from test_op import test_strides_past_32_bits as check_strides_past_32_bits
-from test_simt import problem, run
-from test_simt import test_a_failed_launch_is_told_once as check_a_failed_launch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from conftest import ROOT
-from helpers import reference
+from helpers import bounds, reference
+from helpers.engine import (
+    check,
+    check_a_failed_launch,
+    check_grids_of_32_bits,
+    check_strides_past_32_bits,
+    five_tiles,
+    step,
+    under_seed,
+)
 from helpers.memory import total_allocated
-
-sys.path.insert(0, str(ROOT / "tests" / "simt"))
-from traffic import count_traffic
+from helpers.problems import problem
+from simt.traffic import count_traffic
 
 
 def check_build(variant_dir, backend):
@@ -35,7 +38,7 @@ def check_build(variant_dir, backend):
     kernel = kernels.get_local_kernel(variant_dir.parent, backend="cpu")
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # and so, what nobody writes is NaN
-    check_seeds(variant_dir)
+    check_seeds(kernel, variant_dir)
     check_many_rows(kernel)
     check_weights(kernel)
     check_rows_apart(kernel)
@@ -44,17 +47,17 @@ def check_build(variant_dir, backend):
     {"cuda": check_cuda, "metal": check_metal}[backend](kernel, variant_dir)
 
 
-def check_seeds(variant_dir):
+def check_seeds(kernel, variant_dir):
     for hidden in (72, 75):
-        results = [run(variant_dir.parent, seed, hidden=hidden) for seed in range(2)]
+        arguments = five_tiles(hidden)
+        results = [under_seed(kernel, variant_dir, seed, arguments) for seed in range(2)]
         same = all(torch.equal(a, b) for a, b in zip(*results))
         assert same, "depends on the seed"
-        ids, table, padding, residual = problem(hidden, torch.float32)
         out, grad = results[0]
-        expected = reference.eager(ids, table, padding=padding, residual=residual)
-        assert torch.equal(out, expected), "output differs"
+        assert torch.equal(out, reference.eager(**arguments)), "output differs"
+        ids, _, padding, residual = arguments.values()
         exact, magnitude = reference.grad_table(residual, ids, 64, padding)
-        assert ((grad - exact).abs() <= 240 * 2**-23 * magnitude).all(), "gradient differs"
+        bounds.assert_sum(grad, exact, magnitude, 240, 2**-23, what="gradient")
 
 
 def check_many_rows(kernel):
@@ -73,17 +76,17 @@ def check_many_rows(kernel):
 def check_weights(kernel):
     """One shared table, more entries than lanes, and a sum of nothing but -0."""
     for tokens, entries in ((12, 4), (50, 40)):
-        ids, weights = torch.randint(0, 30, (tokens, entries)), torch.randn(tokens, entries)
-        table = torch.randn(30, 72, requires_grad=True)
-        weights[0], table.data[:, 0] = -1, 0  # -0 + -0 from +0 on is +0
-        out = kernel.fused_embedding_lookup(ids, table, weights=weights)
-        expected = reference.eager(ids, table, weights=weights)
+        arguments = problem((tokens, entries), 30, 72, shared=True, weighted=True)
+        ids, table, weights = arguments.values()
+        weights[0], table[:, 0] = -1, 0  # -0 + -0 from +0 on is +0
+        out = kernel.fused_embedding_lookup(ids, table.requires_grad_(), weights=weights)
+        expected = reference.eager(**arguments)
         same = torch.equal(out, expected) and torch.equal(out.signbit(), expected.signbit())
         assert same, "output differs"
         ones = torch.ones_like(out)
         out.backward(ones)
         exact, magnitude = reference.grad_table(ones, ids, 30, weights=weights, shared=True)
-        assert ((table.grad - exact).abs() <= 70 * 2**-23 * magnitude).all(), "gradient differs"
+        bounds.assert_sum(table.grad, exact, magnitude, 70, 2**-23, what="gradient")
 
 
 def check_rows_apart(kernel):
@@ -102,7 +105,7 @@ def moved(variant_dir, function, *args, **options):
 
 
 def check_cuda(kernel, variant_dir):
-    ids, table, padding, residual = problem(72, torch.float32)
+    ids, table, padding, residual = five_tiles(72).values()
     backward = kernel.op.ops.backward
     lookup = kernel.fused_embedding_lookup
     log = moved(variant_dir, lookup, ids, table, padding=padding, residual=residual)
@@ -130,13 +133,12 @@ def check_cuda(kernel, variant_dir):
 
 
 def check_metal(kernel, variant_dir):
-    (extension,) = variant_dir.glob("*.abi3.so")
-    emulator = ctypes.CDLL(extension)
+    emulator = load_library(variant_dir)
     ids = torch.arange(10)[:, None]
     kernel.fused_embedding_lookup(ids, torch.randn(1, 9, 72))  # 9 is too large
-    assert emulator.metal_synchronize() != 0, "no error"
+    assert emulator.metal_synchronize(), "no error"
 
-    every_id, _, padding, residual = problem(72, torch.float32)
+    every_id, _, padding, residual = five_tiles(72).values()
     options = None, padding, None, 64, False, torch.float32
     log = moved(variant_dir, kernel.op.ops.backward, residual, every_id, *options)
     read = [one[residual.data_ptr()].read_once for one in log if residual.data_ptr() in one]
@@ -148,9 +150,9 @@ def check_metal(kernel, variant_dir):
         actual = interpolate(grid, 16, num_patches=264, mode=mode)
         expected = get_vision_interpolation_indices_and_weights(grid, 16, mode=mode)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected)), "patches differ"
-        assert emulator.metal_synchronize() == 0
+        assert not emulator.metal_synchronize()
     interpolate(grid, 16, num_patches=265)
-    assert emulator.metal_synchronize() != 0, "no error"
+    assert emulator.metal_synchronize(), "no error"
     for images in (grid[:0], grid * 0):
         assert interpolate(images, 16, num_patches=0)[0].shape == (0, 4)
 
@@ -160,15 +162,15 @@ def check_metal(kernel, variant_dir):
 
     emulator.metal_set_max_threads(224)
     torch.use_deterministic_algorithms(True)
-    check(*step(kernel, 0))
+    check(*step(kernel))
     emulator.metal_set_max_threads(1024)
     emulator.metal_set_max_threadgroups(3)
-    results, expected = step(kernel, 0)
+    results, expected = step(kernel)
     assert torch.allclose(results[1], expected[1], atol=1e-4), "gradient differs"
     emulator.metal_set_max_threadgroups(0)
     torch.use_deterministic_algorithms(False)
     emulator.metal_run_shaders(False)
-    check_grids_of_32_bits(kernel, None)
+    check_grids_of_32_bits(kernel)
     emulator.metal_run_shaders(True)
 
     together = threading.Barrier(4)

@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1: as much of its HTTP API as `huggingface_hub`, `kernels` and `transformers` use.
 
     with LoopbackHub() as hub:
-        subprocess.run(..., env=os.environ | hub.environment(cache_dir))
+        process.run(..., **hub.environment(cache_dir))
 
 Repositories live in memory: a branch is the name of a commit, a commit is a dictionary of files.
 Writes go through the same endpoints as on the real Hub (create, branch, preupload, LFS, commit) and
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from helpers import ROOT, process
 
 TOKEN = "hf_loopback"
 
@@ -106,6 +108,13 @@ class LoopbackHub:
                     fault.times -= 1
                     return fault.kind
         return None
+
+
+def publish(hub, home, root=ROOT, fails=False):
+    """Run a checkout's tools/publish.py against the hub. Returns its output."""
+    environment = {"LOCAL_KERNELS": None} | hub.environment(home)
+    result = process.python(root / "tools" / "publish.py", fails=fails, **environment)
+    return result.stdout + result.stderr
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from helpers import ROOT
+
 # Of a build, of which the tests have one wherever they run; by its path, for any variant's will do. Scripts
 # that get the kernel from a Hub have no LOCAL_KERNELS.
-_ROOT = Path(__file__).resolve().parent.parent.parent
-_BUILDS = Path(os.environ.get("LOCAL_KERNELS", f"={_ROOT}").partition("=")[2])
+_BUILDS = Path(os.environ.get("LOCAL_KERNELS", f"={ROOT}").partition("=")[2])
 _SOURCE = next(p for place in ("", "build/") for p in _BUILDS.glob(f"{place}torch*/reference.py"))
 _SPEC = importlib.util.spec_from_file_location("fused_embedding_lookup_reference", _SOURCE)
 _eager = importlib.util.module_from_spec(_SPEC)
@@ -61,18 +62,3 @@ def grad_table(
         for total, values in zip(sums, (terms, terms.abs())):
             total[0 if shared else k].index_add_(0, rows, values)
     return tuple(total[0] if shared else total for total in sums)
-
-
-def ulp(value, dtype):
-    """The distance between neighbouring numbers of `dtype` at `value` (float64)."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(value.abs().clamp(min=info.tiny))[1] - 1
-    return torch.ldexp(torch.full_like(value, info.eps), exponent)
-
-
-def grid(batch, patches, width, height):
-    """The position ids of `batch` images of width x height patches, padded to `patches` with -1."""
-    x, y = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
-    position_ids = torch.full((batch, patches, 2), -1)
-    position_ids[:, : width * height] = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    return position_ids

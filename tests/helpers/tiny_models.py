@@ -22,6 +22,7 @@ from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeat
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from helpers import reference
+from helpers.problems import grid
 
 TOKENS = {
     "image_token_id": 100,
@@ -114,7 +115,7 @@ def prompt(name, token="image_token_id"):
     """Arguments of a model's forward and `generate`: some text with a photo, or a video of two frames, in it."""
     if name == "unified-12b":
         # Made by hand, of 12-pixel patches: Gemma4UnifiedImageProcessor needs torchvision.
-        ids = reference.grid(1, 24, 6, 4)
+        ids = grid(1, 24, 6, 4)
         ids[0, -4:] = -1
         pixels = torch.linspace(0, 1, 24 * 3 * 12**2).sin().view(1, 24, -1)
         vision = {"pixel_values": pixels, "image_position_ids": ids}

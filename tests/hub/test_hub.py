@@ -1,9 +1,7 @@
 """From the Hub to the model, with the real clients, against a Hub on this machine (loopback_hub.py)."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import threading
@@ -14,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import REPO_ID, ROOT, needs_torch_for_cpu, publish
-from helpers.loopback_hub import LoopbackHub
+from helpers import REPO_ID, ROOT, process
+from helpers.loopback_hub import LoopbackHub, publish
+from helpers.variants import needs_torch_for_cpu
 
 pytestmark = [pytest.mark.variant("cpu"), pytest.mark.xdist_group("hub")]  # which is filled once
 
@@ -27,18 +26,18 @@ PRELUDE = f"""
 import torch
 import kernels
 from helpers import reference
+from helpers.problems import grid, problem
 from kernels import LayerRepository, LockedLayerRepository, Mode
 
 REPO, LAYER = "{REPO_ID}", "{LAYER}"
 torch.manual_seed(0)
-ids = reference.grid(2, 63, 9, 6)
-padding = (ids == -1).all(-1)
+ids = grid(2, 63, 9, 6)
 pixels = torch.rand(2, 63, 768)
 
 def check_function(kernel):
-    table, residual = torch.randn(2, 32, 48), torch.randn(2, 63, 48)
-    out = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
-    assert torch.equal(out, reference.eager(ids, table, padding=padding, residual=residual))
+    arguments = problem(ids, 32, 48, padding=True, residual=torch.float32)
+    out = kernel.fused_embedding_lookup(**arguments)
+    assert torch.equal(out, reference.eager(**arguments))
 
 def is_ours(module):
     return module.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
@@ -53,18 +52,10 @@ torch.nn.init.normal_(model.patch_embedder.position_embedding_table)
 """
 
 
-def run(hub, home, script, fails=False, **environment):
+def run_script(hub, home, script, fails=False, **environment):
     """Run a script against the hub. Returns its output; with `fails`, what it died of."""
-    base = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    base |= hub.environment(home) | {"PYTHONPATH": str(ROOT / "tests")}
-    result = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
-        env=base | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    variables = {"LOCAL_KERNELS": None} | hub.environment(home) | environment
+    result = process.script(PRELUDE + textwrap.dedent(script), fails=fails, **variables)
     return result.stdout + result.stderr if fails else result.stdout
 
 
@@ -201,7 +192,7 @@ def test_publish_without_a_build(tmp_path):
 
 
 def test_get_kernel(published, tmp_path):
-    assert str(tmp_path) in run(published, tmp_path, GET_KERNEL)
+    assert str(tmp_path) in run_script(published, tmp_path, GET_KERNEL)
 
 
 @needs_torch_for_cpu
@@ -216,7 +207,7 @@ def test_kernelize(published, tmp_path):
     assert is_ours(model.patch_embedder)
     assert torch.equal(model(pixels, ids).last_hidden_state, expected)
     """
-    run(published, tmp_path, SMALL_MODEL + textwrap.dedent(script))
+    run_script(published, tmp_path, SMALL_MODEL + textwrap.dedent(script))
 
 
 @needs_torch_for_cpu
@@ -245,7 +236,7 @@ def test_from_pretrained_with_kernel_config(published, tmp_path):
     assert torch.equal(loaded.eval()(pixels, ids).last_hidden_state, expected)
     """
     checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
-    run(published, tmp_path, SMALL_MODEL + checkpoint + textwrap.dedent(script))
+    run_script(published, tmp_path, SMALL_MODEL + checkpoint + textwrap.dedent(script))
 
 
 @needs_torch_for_cpu
@@ -273,7 +264,7 @@ def test_from_pretrained_with_kernel_config_unified(published, tmp_path):
     assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
     """
     checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
-    run(published, tmp_path, checkpoint + textwrap.dedent(script))
+    run_script(published, tmp_path, checkpoint + textwrap.dedent(script))
 
 
 @needs_torch_for_cpu
@@ -315,7 +306,7 @@ def test_a_table_that_the_checkpoint_lacks_starts_as_the_originals(
     assert abs(values.std().item() - {std}) <= 0.1 * {std}, values
     """
     checkpoint = f"CHECKPOINT = {str(tmp_path / 'checkpoint')!r}\n"
-    run(published, tmp_path, checkpoint + textwrap.dedent(script))
+    run_script(published, tmp_path, checkpoint + textwrap.dedent(script))
 
 
 MODELING = f"""
@@ -365,7 +356,7 @@ def test_model_repository_whose_code_downloads_the_kernel(hub, tmp_path):
     assert torch.equal(model(ids, residual), reference.eager(ids, model.table, residual=residual))
     assert model.kernel.__name__.startswith("_fused_embedding_lookup_cpu_")
     """
-    run(hub, tmp_path, script)
+    run_script(hub, tmp_path, script)
 
 
 # ----- locking and offline ------------------------------------------------------------------------
@@ -373,15 +364,8 @@ def test_model_repository_whose_code_downloads_the_kernel(hub, tmp_path):
 
 def download_whole(hub, home, revision):
     """`hf download`: all variants and the benchmarks, not only what this system needs."""
-    command = [Path(sys.executable).parent / "hf", "download", REPO_ID, "--repo-type", "kernel"]
-    result = subprocess.run(
-        [*command, "--revision", revision],
-        env=os.environ | hub.environment(home),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    hf = [Path(sys.executable).parent / "hf", "download", REPO_ID, "--repo-type", "kernel"]
+    process.run(*hf, "--revision", revision, **hub.environment(home))
 
 
 @needs_torch_for_cpu
@@ -391,10 +375,8 @@ def test_lock(hub, tmp_path):
     project.mkdir()
     dependencies = f'[tool.kernels.dependencies]\n"{REPO_ID}" = 1\n'
     (project / "pyproject.toml").write_text(dependencies)
-    environment = os.environ | hub.environment(tmp_path)
-    command = [Path(sys.executable).parent / "kernels", "lock", project]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = Path(sys.executable).parent / "kernels"
+    process.run(kernels, "lock", project, **hub.environment(tmp_path))
     commit = hub.repositories["kernel", REPO_ID].branches["v1"]
     assert commit in (project / "kernels.lock").read_text()
 
@@ -409,18 +391,18 @@ def test_lock(hub, tmp_path):
     assert {commit!r} in kernel.__file__
     check_function(kernel)
     """
-    run(hub, tmp_path, script)
+    run_script(hub, tmp_path, script)
     download_whole(hub, tmp_path, commit)
-    run(hub, tmp_path, script, HF_HUB_OFFLINE="1")
+    run_script(hub, tmp_path, script, HF_HUB_OFFLINE="1")
 
 
 def test_offline(published, tmp_path):
     """Offline takes a whole download of the version's branch, and then makes no request."""
-    message = run(published, tmp_path, GET_KERNEL, fails=True, HF_HUB_OFFLINE="1")
+    message = run_script(published, tmp_path, GET_KERNEL, fails=True, HF_HUB_OFFLINE="1")
     assert "not available in the local cache" in message
     download_whole(published, tmp_path, "v1")
     before = len(published.requests)
-    run(published, tmp_path, GET_KERNEL, HF_HUB_OFFLINE="1")
+    run_script(published, tmp_path, GET_KERNEL, HF_HUB_OFFLINE="1")
     assert len(published.requests) == before
 
 
@@ -430,16 +412,16 @@ def test_offline_with_what_get_kernel_left_in_the_cache(published, tmp_path):
     get_kernel resolves version 1 to a commit and caches no "v1" to find it by; and by commit,
     huggingface_hub 2.4.0 refuses a snapshot that lacks the files of the other variants.
     """
-    path = run(published, tmp_path, GET_KERNEL).strip()
-    message = run(published, tmp_path, GET_KERNEL, fails=True, HF_HUB_OFFLINE="1")
+    path = run_script(published, tmp_path, GET_KERNEL).strip()
+    message = run_script(published, tmp_path, GET_KERNEL, fails=True, HF_HUB_OFFLINE="1")
     assert "not available in the local cache" in message
     by_commit = f'revision="{Path(path).parts[-4]}"'
     script = GET_KERNEL.replace("version=1", by_commit)
-    message = run(published, tmp_path, script, fails=True, HF_HUB_OFFLINE="1")
+    message = run_script(published, tmp_path, script, fails=True, HF_HUB_OFFLINE="1")
     assert "IncompleteSnapshotError" in message
     # What does work: naming the folder.
     local = {"LOCAL_KERNELS": f"{REPO_ID}={Path(path).parents[2]}"}
-    run(published, tmp_path, GET_KERNEL, HF_HUB_OFFLINE="1", **local)
+    run_script(published, tmp_path, GET_KERNEL, HF_HUB_OFFLINE="1", **local)
 
 
 # ----- faults -------------------------------------------------------------------------------------
@@ -447,10 +429,10 @@ def test_offline_with_what_get_kernel_left_in_the_cache(published, tmp_path):
 
 def test_untrusted_publisher(hub, tmp_path):
     hub.trusted.clear()
-    message = run(hub, tmp_path, GET_KERNEL, fails=True)
+    message = run_script(hub, tmp_path, GET_KERNEL, fails=True)
     assert "is not from a trusted publisher" in message and "trust_remote_code=True" in message
     assert not [request for request in hub.requests if "resolve" in request]  # nothing was fetched
-    run(hub, tmp_path, GET_KERNEL.replace("version=1", "version=1, trust_remote_code=True"))
+    run_script(hub, tmp_path, GET_KERNEL.replace("version=1", "version=1, trust_remote_code=True"))
 
 
 def replace_variant(hub, name):
@@ -474,7 +456,7 @@ def replace_variant(hub, name):
 def test_no_variant_for_this_system(hub, tmp_path, only, reason):
     """The reasons are listed; `kernelize` with KernelizeFallback.ALL keeps the original forward."""
     replace_variant(hub, only)
-    message = run(hub, tmp_path, GET_KERNEL, fails=True)
+    message = run_script(hub, tmp_path, GET_KERNEL, fails=True)
     assert "Cannot find a build variant for this system" in message and reason in message
     script = """
     from kernels import KernelizeFallback
@@ -488,11 +470,13 @@ def test_no_variant_for_this_system(hub, tmp_path, only, reason):
     assert not is_ours(model.patch_embedder)
     model(pixels, ids)
     """
-    run(hub, tmp_path, SMALL_MODEL + textwrap.dedent(script))
+    run_script(hub, tmp_path, SMALL_MODEL + textwrap.dedent(script))
 
 
 def test_wrong_version(published, tmp_path):
-    message = run(published, tmp_path, GET_KERNEL.replace("version=1", "version=2"), fails=True)
+    message = run_script(
+        published, tmp_path, GET_KERNEL.replace("version=1", "version=2"), fails=True
+    )
     assert "Version 2 not found, available versions: 1" in message
 
 
@@ -500,18 +484,18 @@ def test_wrong_version(published, tmp_path):
 def test_download_that_fails_then_a_retry(hub, tmp_path, kind):
     """Nothing half-loaded stays behind: the next attempt, with the fault gone, works."""
     hub.fail(".abi3.so", kind)
-    message = run(hub, tmp_path, GET_KERNEL, fails=True, HF_HUB_DOWNLOAD_TIMEOUT="5")
+    message = run_script(hub, tmp_path, GET_KERNEL, fails=True, HF_HUB_DOWNLOAD_TIMEOUT="5")
     assert "Error" in message
     assert not list(tmp_path.rglob("*.abi3.so"))
     hub.faults.clear()
-    run(hub, tmp_path, GET_KERNEL)
+    run_script(hub, tmp_path, GET_KERNEL)
 
 
 def test_tampered_extension(hub, tmp_path, variant_dir):
     """Who notices: `kernels` does not when it loads; the digest in metadata.json, if asked, does."""
     (name,) = [p for p in files(hub, "v1") if p.endswith(".abi3.so") and "-cpu-" in p]
     hub.add_files(REPO_ID, {name: files(hub, "v1")[name] + b"\0"}, branch="v1")
-    path = run(hub, tmp_path, GET_KERNEL).strip()
+    path = run_script(hub, tmp_path, GET_KERNEL).strip()
     script = f"""
     from pathlib import Path
     from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metadata
@@ -525,7 +509,7 @@ def test_tampered_extension(hub, tmp_path, variant_dir):
     else:
         raise SystemExit("not noticed")
     """
-    assert ".abi3.so" in run(hub, tmp_path, script)
+    assert ".abi3.so" in run_script(hub, tmp_path, script)
 
 
 def test_read_only_cache(published, tmp_path):
@@ -537,7 +521,7 @@ def test_read_only_cache(published, tmp_path):
             path.chmod(path.stat().st_mode & ~0o222)
     try:
         # As root, permissions stop nobody: then this shows only that nothing tries to write.
-        run(published, tmp_path, GET_KERNEL, PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
+        run_script(published, tmp_path, GET_KERNEL, PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
     finally:
         for path in [tmp_path, *tmp_path.rglob("*")]:
             if not path.is_symlink():
@@ -546,16 +530,8 @@ def test_read_only_cache(published, tmp_path):
 
 
 def test_two_processes_download_at_once(published, tmp_path):
-    script = PRELUDE + GET_KERNEL
-    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    environment |= published.environment(tmp_path) | {"PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-c", script]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: run_script(published, tmp_path, GET_KERNEL), range(2)))
 
 
 def test_two_builds_in_one_process(hub, tmp_path, variant_dir):
@@ -572,7 +548,7 @@ def test_two_builds_in_one_process(hub, tmp_path, variant_dir):
         assert hasattr(torch.ops, kernel.__name__)
     """
     build_another(variant_dir, tmp_path / "other" / variant_dir.name)
-    run(hub, tmp_path, script)
+    run_script(hub, tmp_path, script)
 
 
 def build_another(variant_dir, destination):
@@ -584,14 +560,13 @@ def build_another(variant_dir, destination):
         ignore=shutil.ignore_patterns(".git", ".venv", ".build", "build", ".hypothesis"),
     )
     (source / "csrc" / "embedding_lookup.h").open("a").write("\n// another revision\n")
-    command = [sys.executable, source / "tools" / "build.py", "--output", destination.parent]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    process.python(source / "tools" / "build.py", "--output", destination.parent)
     shutil.rmtree(source)
 
 
 def test_time_to_first_call(published, tmp_path):
     """From `get_kernel` on a warm cache to the first result, torch's own import aside: under 1 s."""
-    run(published, tmp_path, GET_KERNEL)
+    run_script(published, tmp_path, GET_KERNEL)
     script = """
     import time
 
@@ -601,6 +576,6 @@ def test_time_to_first_call(published, tmp_path):
     kernel.fused_embedding_lookup(ids, torch.randn(2, 32, 48))
     print(loaded - start, time.perf_counter() - loaded)
     """
-    load, call = (float(word) for word in run(published, tmp_path, script).split())
+    load, call = (float(word) for word in run_script(published, tmp_path, script).split())
     print(f"get_kernel {load:.3f} s, first call {call:.3f} s")
     assert load + call < 1

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
 
 import kernels
 import onnx
@@ -11,8 +9,8 @@ import pytest
 import torch
 from kernels import Mode
 
-from conftest import REPO_ID, SIMT_BUILDS, why_not
-from helpers import swapping, tiny_models
+from helpers import REPO_ID, process, swapping, tiny_models
+from helpers.variants import SIMT_BUILDS, why_not
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 
@@ -87,10 +85,7 @@ def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_
     }
     code = f"import kernels, torch; from pathlib import Path; {get[loaded]}\n"
     code += f"torch.export.load({str(path)!r}).module()"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert (result.returncode == 0) == (loaded == "its own"), result.stderr
+    result = process.script(code, fails=loaded != "its own")
     sentence = f"We failed to resolve torch.ops.{kernel.__name__}.forward.default to an operator."
     assert (sentence in result.stderr) == (loaded != "its own"), result.stderr
 

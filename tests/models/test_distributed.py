@@ -1,35 +1,23 @@
 """Training shared by two processes on this machine, over gloo: see the workers."""
 
 import os
-import subprocess
-import sys
 
 import ninja
 import pytest
 import torch
 
-from conftest import ROOT
-from helpers import tiny_models
+from helpers import ROOT, process, tiny_models
 
 pytestmark = [pytest.mark.variant("cpu"), pytest.mark.check("training shared by processes")]
 
 
 def share(way, name, variant_dir, *arguments, processes=2, worker="distributed_worker.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", f"helpers/{worker}", way, name, variant_dir]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    worker = [ROOT / "tests" / "helpers" / worker, way, name, variant_dir, *arguments]
     # DeepSpeed compiles, with a ninja that it looks for on the PATH.
     path = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
-    result = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT / "tests",
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
-        | {"PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    environment = {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu", "PATH": path}
+    result = process.python(*torchrun, *worker, **environment)
     assert "the shared step is the step taken alone" in result.stdout
 
 

@@ -6,6 +6,8 @@ from kernels import Mode
 from transformers import pipeline
 
 from helpers import tiny_models
+from helpers.bounds import assert_same_gradients
+from helpers.memory import allocations
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,21 +70,7 @@ def test_training_step(swap_in, name, dtype):
     assert torch.equal(actual, expected)
     expected.backward()
     actual.backward()
-    check_gradients(ours, original, dtype)
-
-
-def check_gradients(ours, original, dtype):
-    """The same, but for the table's rounding."""
-    for (path, parameter), theirs in zip(ours.named_parameters(), original.parameters()):
-        if theirs.grad is None:
-            assert parameter.grad is None, path
-        elif path.endswith(("position_embedding_table", "pos_embedding")):
-            eps = torch.finfo(dtype).eps
-            scale = theirs.grad.abs().max().item()
-            torch.testing.assert_close(parameter.grad, theirs.grad, rtol=0, atol=8 * eps * scale)
-            assert parameter.grad.count_nonzero() > 0
-        else:
-            assert torch.equal(parameter.grad, theirs.grad), path
+    assert assert_same_gradients(ours, original) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,13 +100,11 @@ def test_embedding_gemma2(swap_in, dtype):
     assert torch.equal(actual, expected)
     expected.pow(2).sum().backward()
     actual.pow(2).sum().backward()
-    check_gradients(ours, original, dtype)
+    assert assert_same_gradients(ours, original) == 1
 
 
 def test_no_one_hot_and_no_intermediate(swap_in):
     """transformers' own idea of a test for this module: the largest tensor is the result's size."""
-    from helpers.memory import allocations
-
     original = tiny_models.build("e2b").model.vision_tower.patch_embedder
     ours = swap_in(torch.nn.Sequential(original))[0]
     batch = tiny_models.prompt("e2b")

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from helpers import swapping, tiny_models
+from helpers.bounds import assert_same_gradients
 
 pytestmark = pytest.mark.variant("cpu", "cuda")
 NAMES = ["e2b", "unified-12b"]
@@ -27,23 +28,6 @@ def batch(name):
     arguments = tiny_models.prompt(name)
     labels = arguments["input_ids"].masked_fill(arguments["mm_token_type_ids"] != 0, -100)
     return {**arguments, "labels": labels}
-
-
-def assert_same_gradients(ours, original):
-    theirs = {path.replace("base_layer.", ""): p for path, p in original.named_parameters()}
-    seen = 0
-    for path, parameter in ours.named_parameters():
-        expected = theirs[path.replace("base_layer.", "")].grad
-        if expected is None:
-            assert parameter.grad is None, path
-            continue
-        seen += 1
-        if any(table in path for table in TABLES):
-            atol = 8 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
-            torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=atol)
-        else:
-            assert torch.equal(parameter.grad, expected), path
-    assert seen
 
 
 def assert_same_step(swap_in, original, name, step=lambda model, batch: model(**batch).loss):

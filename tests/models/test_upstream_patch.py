@@ -5,12 +5,11 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from conftest import REPO_ID, ROOT, needs_torch_for_cpu
+from helpers import REPO_ID, ROOT, process
+from helpers.variants import needs_torch_for_cpu
 from helpers.vision_towers import patched as patching
 
 LAYER = "Gemma4VisionPatchEmbedder"
@@ -139,6 +138,7 @@ from transformers.integrations import hub_kernels
 from transformers.models.gemma4 import modeling_gemma4, modular_gemma4
 
 from helpers import reference
+from helpers.problems import grid
 
 patched = Path(sys.argv[1])
 assert Path(transformers.__file__).parent == patched / "transformers"
@@ -153,7 +153,7 @@ torch.manual_seed(0)
 config = Gemma4VisionConfig(**reference.SMALL_VISION_CONFIG)
 original = Gemma4VisionModel(config).eval()
 torch.nn.init.normal_(original.patch_embedder.position_embedding_table)
-pixels, ids = torch.rand(2, 63, 3 * 16**2), reference.grid(2, 63, 9, 6)
+pixels, ids = torch.rand(2, 63, 3 * 16**2), grid(2, 63, 9, 6)
 
 def check(model):
     assert model.patch_embedder.forward.__func__.__module__.startswith("_fused_embedding_lookup_")
@@ -218,14 +218,6 @@ with use_kernel_mapping({{"{QWEN_LAYER}": {{"cpu": published}}}}):
 )
 def test_use_kernels_alone_swaps_the_layer_in(patched, published, tmp_path, script, arguments):
     """From the Hub, without the replace_kernel_forward_from_hub that test_gemma4.py needs."""
-    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    environment |= published.environment(tmp_path)
+    environment = {"LOCAL_KERNELS": None} | published.environment(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(patched), str(ROOT / "tests")])
-    result = subprocess.run(
-        [sys.executable, "-c", script, patched, *arguments],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    process.script(script, patched, *arguments, **environment)

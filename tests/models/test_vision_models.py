@@ -4,10 +4,10 @@ import onnx
 import pytest
 import torch
 
+from helpers.bounds import assert_same_gradients
 from helpers.vision_towers import (
     IMAGE,
     MODELS,
-    TABLES,
     VIDEO,
     build_model,
     prompt,
@@ -73,21 +73,7 @@ def assert_same_step(original, ours, name, media="image", dtype=torch.float32):
     batch = prompt(name, media, dtype)
     for theirs, mine in zip(step(original, batch), step(ours, batch), strict=True):
         assert torch.equal(mine, theirs)
-    theirs = dict(original.named_parameters())
-    seen = 0
-    for path, parameter in ours.named_parameters():
-        grad = theirs[path].grad
-        if grad is None:
-            assert parameter.grad is None, path
-        elif any(table in path for table in TABLES):
-            scale = grad.abs().max().item()
-            eps = torch.finfo(grad.dtype).eps
-            torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=8 * eps * scale)
-            assert parameter.grad.count_nonzero() > 0
-            seen += 1
-        else:
-            assert torch.equal(parameter.grad, grad), path
-    return seen
+    return assert_same_gradients(ours, original)
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,20 @@
 """Every bad input is refused, with a message that names the argument, what it got and what it takes."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import process
+from helpers.problems import problem
 
-pytestmark = pytest.mark.kernels_ci
+pytestmark = [pytest.mark.asan, pytest.mark.gpu, pytest.mark.kernels_ci]
 
 
 def good():
     """Arguments that the op takes, for a test to spoil one of."""
-    return {
-        "position_ids": torch.zeros(2, 5, 3, dtype=torch.int64),
-        "table": torch.randn(3, 4, 8),
-        "padding": torch.zeros(2, 5, dtype=torch.bool),
-        "residual": torch.randn(2, 5, 8),
-    }
+    ids = torch.zeros(2, 5, 3, dtype=torch.int64)
+    return problem(ids, 4, 8, padding=True, residual=torch.float32)
 
 
 BAD = {
@@ -146,20 +141,14 @@ def test_id_too_large_is_an_assertion_on_a_gpu(kernel, direction):
         "backward": "kernel.op.ops.backward(torch.ones(2, 8, device='cuda'), ids, None, None, None, 4, False, torch.float32)",
     }
     script = (
-        "import conftest, torch\n"
-        "kernel = conftest.VARIANTS['cuda'].load()\n"
+        "from helpers.variants import VARIANTS\n"
+        "import torch\n"
+        "kernel = VARIANTS['cuda'].load()\n"
         "ids = torch.tensor([[3], [4]], device='cuda')\n"
         f"{call[direction]}\n"
         "torch.cuda.synchronize()\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode != 0
+    result = process.script(script, fails=True)
     assert "device-side assert triggered" in result.stderr
 
 

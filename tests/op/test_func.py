@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,11 +19,11 @@ from torch.func import (
     vjp,
     vmap,
 )
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from conftest import ROOT
-from helpers import reference
+from helpers import process, reference
+from helpers.memory import allocations
+from helpers.problems import problem
 
 # In float64, and with the shared table that a batch of tables becomes.
 pytestmark = pytest.mark.variant("cpu")
@@ -33,23 +31,20 @@ pytestmark = pytest.mark.variant("cpu")
 ROWS, HIDDEN = 5, 3
 
 
-def arguments(case, leading=(2, 3), batch=(), dtype=torch.float64):
+def arguments(case, batch=None, dtype=torch.float64):
     """ids, table, residual and keyword arguments of a model's lookup, each with a batch in front."""
-    generator = torch.Generator().manual_seed(1)
-    axes = 4 if case == "qwen" else 2
+    qwen = case == "qwen"
+    options = {"shared": qwen, "weighted": qwen, "padding": None if case == "unified" else 0.3}
 
-    def floats(*shape):
-        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    def sample(seed):
+        shape = (2, 3, 4 if qwen else 2)
+        return problem(shape, ROWS, HIDDEN, dtype, residual=dtype, seed=seed, **options)
 
-    ids = torch.randint(-1, ROWS, (*batch, *leading, axes), generator=generator)
-    table, residual = floats(axes, ROWS, HIDDEN), floats(*leading, HIDDEN)
-    padding = torch.rand((*batch, *leading), generator=generator) < 0.3
-    if case == "gemma":
-        return ids, table, residual, {"padding": padding}
-    if case == "unified":
-        return ids, table, residual, {"padding_id": -1}
-    weights = torch.rand((*batch, *leading, axes), generator=generator)
-    return ids, floats(ROWS, HIDDEN), residual, {"weights": weights, "padding": padding}
+    values = sample(0)
+    if batch is not None:
+        values = {name: torch.stack([sample(i)[name] for i in range(batch)]) for name in values}
+    ids, table, residual = map(values.pop, ("position_ids", "table", "residual"))
+    return ids, table, residual, values | ({"padding_id": -1} if case == "unified" else {})
 
 
 CASES = ("gemma", "unified", "qwen")
@@ -246,7 +241,7 @@ SUBSETS = list(itertools.product([False, True], repeat=3))[1:]
 @pytest.mark.parametrize("case", CASES)
 def test_vmap(kernel, case, batched, dtype):
     """Each sample's own bits and, as a gradient, its own sum; whichever arguments have the batch."""
-    batches = arguments(case, batch=(4,), dtype=dtype)
+    batches = arguments(case, batch=4, dtype=dtype)
     one = arguments(case, dtype=dtype)
     names = [name for name, value in one[3].items() if isinstance(value, torch.Tensor)]
     scalars = {name: value for name, value in one[3].items() if name not in names}
@@ -386,10 +381,8 @@ def test_vmap_of_bad_shapes_of_fake_tensors(kernel):
 @pytest.mark.filterwarnings("error")  # PyTorch's loop over the samples comes with a warning
 def test_vmap_copies_no_table(kernel):
     ids, table = torch.zeros(4, 6, 2, dtype=torch.int64), torch.randn(4, 2, 1000, 64)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        vmap(kernel.fused_embedding_lookup)(ids, table)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
-    assert 0 < allocated < table.nbytes / 10
+    _, sizes, _ = allocations(lambda: vmap(kernel.fused_embedding_lookup)(ids, table))
+    assert 0 < sum(sizes) < table.nbytes / 10
 
 
 # ---------------------------------------------------------------------------------------------
@@ -440,9 +433,10 @@ def test_weights_with_a_tangent(kernel):
 
 
 MISSING = """
-import conftest, torch
+from helpers.variants import VARIANTS
+import torch
 del torch._functorch.utils.enable_single_level_autograd_function
-kernel = conftest.VARIANTS["cpu"].load()
+kernel = VARIANTS["cpu"].load()
 ids, table = torch.tensor([[0, 1], [1, 1]]), torch.randn(2, 4, 3, requires_grad=True)
 f = lambda table: kernel.fused_embedding_lookup(ids, table)
 expected = torch.zeros(2, 4, 3)
@@ -471,19 +465,11 @@ REFUSED = ["no forward-mode derivative on torch", "must override the setup_conte
 
 def test_torch_without_a_private_name():
     """First-order autograd, and an error for every transform."""
-    result = subprocess.run(
-        [sys.executable, "-c", MISSING],
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    lines = process.script(MISSING).stdout.splitlines()
     expected = [REFUSED[i] for i in (0, 0, 1, 1, 1, 0)]
-    lines = result.stdout.splitlines()
-    assert len(lines) == len(expected), result.stdout
+    assert len(lines) == len(expected), lines
     for line, text in zip(lines, expected):
-        assert line.startswith("refused:") and text in line, result.stdout
+        assert line.startswith("refused:") and text in line, lines
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,98 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import reference
+from helpers import bounds, reference
+from helpers.engine import check_strides_past_32_bits
+from helpers.problems import ANY_LAYOUT, any_problem, grid, problem, restride
 from helpers.reference import FLOATS
 
-
-def restride(tensor, how):
-    """The same values, laid out differently; whatever lies between them is NaN or out of range."""
-    if how == "contiguous" or tensor.dim() == 0:
-        return tensor.contiguous()
-    poison = (
-        math.nan if tensor.is_floating_point() else (1 if tensor.dtype == torch.bool else 2**30)
-    )
-    if how == "offset":
-        buffer = torch.full((tensor.numel() + 3,), poison, dtype=tensor.dtype)
-        view = buffer[3:].view(tensor.shape)
-    elif how == "rows apart":  # a slice of a tensor with longer rows
-        buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), poison, dtype=tensor.dtype)
-        view = buffer[..., 2 : tensor.shape[-1] + 2]
-    elif how == "elements apart":
-        buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] * 2), poison, dtype=tensor.dtype)
-        view = buffer[..., ::2]
-    elif how == "reversed":  # dimensions in memory from the last to the first
-        view = torch.empty(tensor.shape[::-1], dtype=tensor.dtype).permute(
-            *range(tensor.dim())[::-1]
-        )
-    elif how == "leading reversed":  # the same, with the last left where it is
-        leading = range(tensor.dim() - 1)
-        shape = [tensor.shape[i] for i in leading][::-1] + [tensor.shape[-1]]
-        view = torch.empty(shape, dtype=tensor.dtype).permute(*leading[::-1], tensor.dim() - 1)
-    elif how == "expanded":  # stride 0 in the first dimension: the first entry, repeated
-        return tensor[:1].expand(tensor.shape)
-    view.copy_(tensor)
-    return view
-
-
-ANY_LAYOUT = [
-    "contiguous",
-    "offset",
-    "rows apart",
-    "elements apart",
-    "reversed",
-    "leading reversed",
-]
-ANY_LAYOUT.append("expanded")
-TABLE_LAYOUT = ["contiguous", "offset", "rows apart", "leading reversed", "expanded"]
-
-
-# K: mostly small, now and then anything up to the most there may be.
-ENTRIES = st.one_of(st.integers(1, 5), st.sampled_from([8, 15, 16, 17, 63, 64]), st.integers(1, 64))
-
-
-@st.composite
-def problems(draw, variant):
-    """Everything the op takes: shapes, dtypes, layouts, ids below zero, weights, padding, padding_id."""
-    leading = draw(st.lists(st.integers(0, 5), min_size=0, max_size=3))
-    entries = draw(ENTRIES)
-    shared = draw(st.booleans())
-    rows = draw(st.integers(1, 9))
-    hidden = draw(st.sampled_from([1, 2, 3, 7, 16, 31, 32, 64, 65, 100, 257, 300]))
-    generator = torch.Generator(variant.device).manual_seed(draw(st.integers(0, 2**32)))
-    any_layout = ANY_LAYOUT if leading else ANY_LAYOUT[:-1]
-
-    def floats(shape, dtype, layouts):
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        # A wide range of exponents: rounding, subnormal float16 and overflow to infinity.
-        values = values * 2.0 ** torch.randint(-18, 14, shape, generator=generator)
-        return restride(values.to(dtype), draw(st.sampled_from(layouts)))
-
-    table_dtype = draw(st.sampled_from(variant.floats))
-    tables = () if shared else (entries,)
-    arguments = {"table": floats((*tables, rows, hidden), table_dtype, TABLE_LAYOUT)}
-    residual_dtype = draw(st.sampled_from((None, *variant.floats)))
-    if residual_dtype is not None:
-        arguments["residual"] = floats((*leading, hidden), residual_dtype, any_layout)
-    id_dtype = draw(st.sampled_from([torch.int64, torch.int32]))
-    ids = torch.randint(-3, rows, (*leading, entries), generator=generator, dtype=id_dtype)
-    arguments["position_ids"] = restride(ids, draw(st.sampled_from(any_layout)))
-    if draw(st.booleans()):
-        weights = torch.randn((*leading, entries), generator=generator)
-        weights[torch.rand(weights.shape, generator=generator) < 0.2] = 0
-        arguments["weights"] = restride(weights, draw(st.sampled_from(any_layout)))
-    if draw(st.booleans()):
-        padding = torch.rand(leading, generator=generator) < 0.3
-        arguments["padding"] = restride(padding, draw(st.sampled_from(ANY_LAYOUT)))
-    arguments["padding_id"] = draw(st.sampled_from([None, -1, 0, 2]))
-    arguments["embedding_dtype"] = draw(st.sampled_from((None, None, *variant.floats)))
-    return arguments
+pytestmark = [pytest.mark.asan, pytest.mark.gpu]
 
 
 @given(data=st.data())
 @settings(max_examples=400, deadline=None)
 def test_forward_equals_eager(variant, kernel, data):
-    arguments = data.draw(problems(variant))
+    arguments = data.draw(any_problem(variant))
     torch.use_deterministic_algorithms(True)  # poisons fresh memory
     try:
         actual = kernel.fused_embedding_lookup(**arguments)
@@ -112,7 +32,7 @@ def test_forward_equals_eager(variant, kernel, data):
 @given(data=st.data(), grad_layout=st.sampled_from([*ANY_LAYOUT, "broadcast"]))
 @settings(max_examples=400, deadline=None)
 def test_backward_rounds_the_exact_sum(variant, kernel, data, grad_layout):
-    arguments = data.draw(problems(variant))
+    arguments = data.draw(any_problem(variant))
     ids = arguments["position_ids"]
     table = arguments["table"] = arguments["table"].detach().clone().requires_grad_()
     if "residual" in arguments:
@@ -136,9 +56,7 @@ def test_backward_rounds_the_exact_sum(variant, kernel, data, grad_layout):
         grad, ids, table.shape[-2], shared=table.dim() == 2, **given_ones
     )
     terms = max(1, ids.numel() if table.dim() == 2 else ids[..., 0].numel())
-    eps = variant.sum_eps(table.dtype)
-    bound = reference.ulp(exact, table.dtype) / 2 + terms * eps * magnitude
-    assert ((table.grad.double() - exact).abs() <= bound).all()
+    bounds.assert_sum(table.grad, exact, magnitude, terms, variant.sum_eps(table.dtype))
     if "residual" in arguments:
         residual = arguments["residual"]
         assert torch.equal(residual.grad, grad.to(residual.dtype))
@@ -148,32 +66,26 @@ def test_backward_rounds_the_exact_sum(variant, kernel, data, grad_layout):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradient_within_one_ulp_at_real_size(variant, kernel, dtype):
     """The issue's own bar: 2 images of 60 x 40 patches, so 80 or 120 terms a sum."""
-    ids = reference.grid(2, 2520, 60, 40)
-    padding = (ids == -1).all(-1)
-    table = torch.randn(2, 256, 768, dtype=dtype, requires_grad=True)
-    out = kernel.fused_embedding_lookup(ids, table, padding=padding)
+    arguments = problem(grid(2, 2520, 60, 40), 256, 768, dtype, padding=True, requires_grad=True)
+    ids, table, padding = arguments.values()
+    out = kernel.fused_embedding_lookup(**arguments)
     grad = torch.randn(out.shape, dtype=dtype)
     out.backward(grad)
     exact, magnitude = reference.grad_table(grad, ids, 256, padding)
-    error = (table.grad.double() - exact).abs()
-    if variant.sum_eps(dtype) == torch.finfo(dtype).eps:  # summed in the table's own precision
-        assert (error <= 120 * torch.finfo(dtype).eps * magnitude).all()
-    else:
-        # The second term is for sums that cancel to next to nothing.
-        slack = variant.sum_eps(dtype) * magnitude
-        assert (error <= reference.ulp(exact, dtype) + slack).all()
+    eps = variant.sum_eps(dtype)
+    if eps == torch.finfo(dtype).eps:  # summed in the table's own precision
+        bounds.assert_sum(table.grad, exact, magnitude, 120, eps, ulps=0)
+    else:  # a term's worth for sums that cancel to next to nothing
+        bounds.assert_sum(table.grad, exact, magnitude, 1, eps, ulps=1)
 
 
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, *FLOATS], ids=str)
 def test_forward_equals_eager_at_real_size(kernel, poison, dtype, residual_dtype):
-    ids = reference.grid(2, 2520, 60, 40)
-    padding = (ids == -1).all(-1)
-    table = torch.randn(2, 10240, 768, dtype=torch.float32).to(dtype)
-    residual = None if residual_dtype is None else torch.randn(2, 2520, 768).to(residual_dtype)
-    actual = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
-    assert torch.equal(actual, reference.eager(ids, table, padding=padding, residual=residual))
+    ids = grid(2, 2520, 60, 40)
+    arguments = problem(ids, 10240, 768, dtype, padding=True, residual=residual_dtype)
+    assert torch.equal(kernel.fused_embedding_lookup(**arguments), reference.eager(**arguments))
 
 
 @pytest.mark.kernels_ci
@@ -181,14 +93,11 @@ def test_forward_equals_eager_at_real_size(kernel, poison, dtype, residual_dtype
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_large_result(kernel, poison, dtype, hidden):
     """Results of 16 MiB or more go past the caches, if their rows are aligned."""
-    ids = reference.grid(5, 2520, 60, 40)
-    padding = (ids == -1).all(-1)
-    table = torch.randn(2, 64, hidden, dtype=torch.float32).to(dtype)
-    residual = torch.randn(5, 2520, hidden).to(dtype)
-    for args in ({"padding": padding}, {"residual": residual}):
-        actual = kernel.fused_embedding_lookup(ids, table, **args)
+    for options in ({"padding": True}, {"residual": dtype}):
+        arguments = problem(grid(5, 2520, 60, 40), 64, hidden, dtype, **options)
+        actual = kernel.fused_embedding_lookup(**arguments)
         assert actual.nbytes >= 2**24
-        assert torch.equal(actual, reference.eager(ids, table, **args))
+        assert torch.equal(actual, reference.eager(**arguments))
 
 
 @pytest.mark.kernels_ci
@@ -203,7 +112,7 @@ def test_large_gradient(variant, kernel, poison, dtype, way):
         given = {"weights": torch.randn(ids.shape)}
         table = torch.randn(4608, 1152, dtype=dtype, requires_grad=True)
     else:
-        ids = reference.grid(2, 2520, 60, 40)
+        ids = grid(2, 2520, 60, 40)
         given = {"padding": (ids == -1).all(-1)}
         table = torch.randn(2, 10240, 768, dtype=dtype, requires_grad=True)
     out = kernel.fused_embedding_lookup(ids, table, **given)
@@ -213,23 +122,21 @@ def test_large_gradient(variant, kernel, poison, dtype, way):
     exact, magnitude = reference.grad_table(
         grad, ids, table.shape[-2], shared=table.dim() == 2, **given
     )
-    bound = reference.ulp(exact, dtype) / 2 + 5000 * variant.sum_eps(dtype) * magnitude
-    assert ((actual.double() - exact).abs() <= bound).all()
+    bounds.assert_sum(actual, exact, magnitude, 5000, variant.sum_eps(dtype))
     assert (actual[exact == 0] == 0).all()
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_forward_equals_the_one_hot_formula(kernel, dtype):
-    ids = reference.grid(2, 130, 12, 10)
-    padding = (ids == -1).all(-1)
-    table = torch.randn(2, 64, 96).to(dtype)
-    residual = torch.randn(2, 130, 96).to(dtype)
-    actual = kernel.fused_embedding_lookup(ids, table, padding=padding, residual=residual)
-    assert torch.equal(actual, reference.one_hot(ids, table, padding, residual))
+    arguments = problem(grid(2, 130, 12, 10), 64, 96, dtype, padding=True, residual=dtype)
+    actual = kernel.fused_embedding_lookup(**arguments)
+    assert torch.equal(actual, reference.one_hot(*arguments.values()))
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_special_values(kernel, dtype):
     """Infinities, NaN, signed zeros, ties and the largest numbers come through as in eager."""
@@ -259,6 +166,7 @@ def test_padded_tokens_take_the_residual_whatever_their_ids(kernel):
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("hidden", [8, 300])  # columns for one thread, and for several
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0, 2), (0, 5, 1)])
 def test_no_tokens(kernel, poison, shape, hidden):
@@ -288,8 +196,7 @@ def test_many_distinct_ids(variant, kernel, poison):
         grad = torch.randn(out.shape, dtype=dtype)
         out.backward(grad)
         exact, magnitude = reference.grad_table(grad, ids, 3000)
-        bound = reference.ulp(exact, dtype) / 2 + 20 * variant.sum_eps(dtype) * magnitude
-        assert ((table.grad.double() - exact).abs() <= bound).all()
+        bounds.assert_sum(table.grad, exact, magnitude, 20, variant.sum_eps(dtype))
 
 
 @pytest.mark.kernels_ci
@@ -306,17 +213,7 @@ def test_more_distinct_ids_than_the_cache_has_sums(kernel):
 
 @pytest.mark.kernels_ci
 def test_strides_past_32_bits(kernel):
-    """Two tokens 2**31 + 8 elements apart, in memory of which only their pages are touched."""
-    stride = 2**31 + 8
-    buffer = torch.empty(stride + 40, dtype=torch.bfloat16)
-    rows = buffer.as_strided((2, 40), (stride, 1))
-    rows.copy_(torch.randn(2, 40))
-    table = torch.randn(1, 3, 40, dtype=torch.bfloat16, requires_grad=True)
-    ids = torch.tensor([[0], [2]])
-    out = kernel.fused_embedding_lookup(ids, table, residual=rows)
-    assert torch.equal(out, reference.eager(ids, table, residual=rows))
-    out.backward(rows)
-    assert torch.equal(table.grad[0, [0, 2]], rows)
+    check_strides_past_32_bits(kernel)
 
 
 @pytest.mark.variant("cuda")
@@ -336,6 +233,7 @@ def test_result_past_32_bits(kernel):
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.sanitizer
 def test_many_token_dimensions(kernel):
     """Eight leading dimensions that can't be merged are walked; a ninth is refused."""
     table = torch.randn(1, 4, 5)
@@ -348,6 +246,7 @@ def test_many_token_dimensions(kernel):
 
 
 @pytest.mark.kernels_ci
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("hidden", [40, 41])  # vectors, and none
 def test_every_length_of_a_run(variant, kernel, poison, hidden):
     """Rows read by 1, 2, ... tokens of the same tile, up to all: on CUDA a few are summed one by one,
@@ -360,9 +259,7 @@ def test_every_length_of_a_run(variant, kernel, poison, hidden):
     grad = torch.randn_like(out)
     out.backward(grad)
     exact, magnitude = reference.grad_table(grad, ids, len(lengths) + 2)
-    slack = 1025 * variant.sum_eps(torch.float32) * magnitude
-    bound = reference.ulp(exact, torch.float32) / 2 + slack
-    assert ((table.grad.double() - exact).abs() <= bound).all()
+    bounds.assert_sum(table.grad, exact, magnitude, 1025, variant.sum_eps(torch.float32))
 
 
 # The forms that came with weights.
@@ -385,10 +282,8 @@ def test_weighted_gradient_of_a_shared_table(variant, kernel, poison, dtype, res
     grad = torch.randn_like(out)
     (actual,) = torch.autograd.grad(out, table, grad)
     exact, magnitude = reference.grad_table(grad, ids, rows, weights=weights, shared=True)
-    eps = variant.sum_eps(dtype)
     terms = torch.bincount(ids.flatten(), minlength=rows)[:, None]
-    bound = reference.ulp(exact, dtype) / 2 + terms * eps * magnitude
-    assert ((actual.double() - exact).abs() <= bound).all()
+    bounds.assert_sum(actual, exact, magnitude, terms, variant.sum_eps(dtype))
     assert (actual[-3:] == 0).all()
 
 
@@ -397,16 +292,14 @@ def test_weighted_gradient_of_a_shared_table(variant, kernel, poison, dtype, res
 def test_many_entries_are_summed_within_the_bound(kernel, dtype, entries):
     """PyTorch's own sum takes another order: both are near the float64 sum."""
     ids = torch.randint(0, 50, (300, entries))
-    weights = torch.randn(300, entries)
-    table = torch.randn(50, 130, dtype=dtype)
+    arguments = problem(ids, 50, 130, dtype, shared=True, weighted=True)
+    _, table, weights = arguments.values()
     rows = torch.nn.functional.embedding(ids, table).double() * weights[..., None].double()
-    exact, magnitude = rows.sum(-2), rows.abs().sum(-2)
-    bound = entries * 2.0**-24 * magnitude + reference.ulp(exact, dtype) / 2
     for lookup in (
-        kernel.fused_embedding_lookup(ids, table, weights=weights),
-        reference.interpolated(ids, table, weights),
+        kernel.fused_embedding_lookup(**arguments),
+        reference.interpolated(*arguments.values()),
     ):
-        assert ((lookup.double() - exact).abs() <= bound).all()
+        bounds.assert_sum(lookup, rows.sum(-2), rows.abs().sum(-2), entries, 2.0**-24)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -463,7 +356,7 @@ def test_a_weight_of_any_nan_makes_nan(variant, kernel, payload):
 def test_backward_is_deterministic(variant, kernel, dtype, weighted, rows):
     """The same bits from 9 runs, on 1, 2 and 7 threads, however the work is split over them."""
     hidden, runs = (40, 4) if variant.is_emulated else (768, 9)
-    ids, weights = reference.grid(2, 2520, 60, 40), None
+    ids, weights = grid(2, 2520, 60, 40), None
     if rows > 100:
         ids.random_(0, rows)
         ids[:, 300:1200] = 3  # a row that threads share

@@ -12,7 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import reference
 
-pytestmark = pytest.mark.variant("cpu", "cuda-simt", "metal-simt", "cuda")
+pytestmark = [
+    pytest.mark.asan,
+    pytest.mark.gpu,
+    pytest.mark.variant("cpu", "cuda-simt", "metal-simt", "cuda"),
+]
 
 FLOATS = reference.FLOATS
 # Ties, infinities, what overflows when it is doubled, and what is lost when a half is taken off.
@@ -29,6 +33,7 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("residual_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equal_to_eager(kernel, poison, dtype, residual_dtype):

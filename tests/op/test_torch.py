@@ -1,6 +1,7 @@
 """PyTorch's own checks: autograd, opcheck, compile, export, and what the profiler sees."""
 
 import io
+import itertools
 import sys
 
 import pytest
@@ -10,15 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
 from helpers.memory import allocations
+from helpers.problems import grid, problem
+
+pytestmark = [pytest.mark.asan, pytest.mark.gpu]
 
 
 def arguments(dtype=torch.float32, residual_dtype=None, requires_grad=True, shape=(2, 6), hidden=5):
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
-    ids = torch.randint(-1, 4, (*shape, 2), generator=generator)
-    table = torch.randn(2, 4, hidden, generator=generator).to(dtype).requires_grad_(requires_grad)
-    padding = torch.rand(shape, generator=generator) < 0.3
-    residual = torch.randn(*shape, hidden, generator=generator).to(residual_dtype or dtype)
-    return ids, table, padding, residual.requires_grad_(requires_grad)
+    """ids, table, padding and residual."""
+    residual_dtype = residual_dtype or dtype
+    options = {"padding": 0.3, "residual": residual_dtype, "requires_grad": requires_grad}
+    return problem((*shape, 2), 4, hidden, dtype, **options).values()
 
 
 @pytest.mark.kernels_ci
@@ -153,7 +155,7 @@ def test_export(kernel, weighted):
 @pytest.mark.parametrize("dtype", reference.FLOATS, ids=str)
 def test_forward_allocates_exactly_its_output(kernel, dtype):
     """No copy either of ids, padding or residual that are expanded, sliced or transposed."""
-    ids = reference.grid(1, 70, 9, 7).expand(4, 70, 2)
+    ids = grid(1, 70, 9, 7).expand(4, 70, 2)
     padding = (ids == -1).all(-1)
     table = torch.randn(64, 2, 96).to(dtype).transpose(0, 1)
     residual = torch.randn(70, 4, 192).to(dtype)[..., ::2].transpose(0, 1)
@@ -165,7 +167,7 @@ def test_forward_allocates_exactly_its_output(kernel, dtype):
 
 @pytest.mark.kernels_ci
 def test_backward_allocates_its_result_and_a_small_workspace(variant, kernel):
-    ids = reference.grid(4, 630, 24, 24)
+    ids = grid(4, 630, 24, 24)
     table = torch.randn(2, 4096, 768, requires_grad=True)
     workspace = torch.get_num_threads() * 2**20
     if variant.sources == "cuda":  # the README's: the ids twice, partials, counts for two digits
@@ -253,11 +255,15 @@ def test_dispatch_modes_and_fake_tensors_see_a_call_that_records_nothing(kernel)
 
 @pytest.mark.variant("cpu")
 @pytest.mark.parametrize("mode", ["no_grad", "enable_grad", "compiled"])
-@pytest.mark.parametrize("argument", ["position_ids", "table", "weights", "padding", "residual"])
-@pytest.mark.parametrize("value", [None, [1], 2.0], ids=str)
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *itertools.product(["position_ids", "table"], [None, [1], 2.0]),
+        *itertools.product(["weights", "padding", "residual"], [[1], 2.0]),  # which may be None
+    ],
+    ids=str,
+)
 def test_what_is_not_a_tensor_is_named(kernel, argument, value, mode):
-    if value is None and argument not in ("position_ids", "table"):
-        return  # absent
     ids, table, padding, residual = arguments()
     given = {"position_ids": ids, "table": table, "padding": padding, "residual": residual}
     given[argument] = value

@@ -2,40 +2,29 @@
 
 import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from kernels.cli import benchmark
 
-from conftest import ROOT, needs_torch_for_cpu
+from helpers import ROOT, process
 from helpers.reference import SMALL_VISION_CONFIG
+from helpers.variants import needs_torch_for_cpu
 
 BENCHMARKS = ROOT / "benchmarks"
 # What they measure is the CPU variant; on a GPU tools/gpu_check.sh runs them.
 pytestmark = pytest.mark.variant("cpu")
 
 
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / script, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_readme_and_plots_are_made_from_the_measurements():
-    result = run("report.py", "--check")
-    assert result.returncode == 0, result.stderr
+    process.python(BENCHMARKS / "report.py", "--check")
 
 
 def test_compare(variant, tmp_path):
     shape = ["--batch", "1", "--patches", "90", "--hidden", "64", "--rows", "32"]
     options = ["--direction", "forward", "backward", "--peers", "eager", "one-hot", "--rounds", "2"]
-    result = run("compare.py", *shape, *options, "--json", tmp_path / "rows.json")
-    assert result.returncode == 0, result.stderr
+    json_file = ["--json", tmp_path / "rows.json"]
+    process.python(BENCHMARKS / "compare.py", *shape, *options, *json_file)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["case"]["direction"] for row in rows] == ["forward", "backward"]
     for row in rows:
@@ -55,15 +44,13 @@ def test_every_list_runs(variant, tmp_path):
     small = ["--batch", "1", "--patches", "16", "--hidden", "8", "--rows", "64", "--rounds", "2"]
     for name in ("cpu", "scaling", "gpu", "gate"):
         options = ["--list", name, *small, "--peers", "eager", "--json", tmp_path / f"{name}.json"]
-        result = run("compare.py", *options)
-        assert result.returncode == 0, result.stderr
+        process.python(BENCHMARKS / "compare.py", *options)
     rows = json.loads((tmp_path / "cpu.json").read_text())
     assert {row["ops"]["ours"] for row in rows if "ops" in row} == {2}
 
 
 def test_a_call(variant, tmp_path):
-    result = run("call.py", "--rounds", "2", "--json", tmp_path / "call.json")
-    assert result.returncode == 0, result.stderr
+    process.python(BENCHMARKS / "call.py", "--rounds", "2", "--json", tmp_path / "call.json")
     (row,) = json.loads((tmp_path / "call.json").read_text())
     assert set(row["median_us"]) == set(row["call"]) > {"ours", "inference_mode"}
 

@@ -2,27 +2,21 @@
 
 import runpy
 import signal
-import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT, process
 
 pytestmark = pytest.mark.variant("cpu")
 
 DEMO = ROOT / "examples" / "photos.py"
 
 
-def run(*arguments):
-    command = [sys.executable, DEMO, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.check("the demo at its real size")
 def test_prints_its_own_lines(variant):
-    result = run("--device", "cpu")
-    assert (result.returncode, result.stderr) == (0, "")
+    result = process.python(DEMO, "--device", "cpu")
+    assert result.stderr == ""
     first, *rest = result.stdout.split(": outputs are torch.equal: True\n")
     steps, _, model = first.rpartition("\n\n")
     assert model == "Gemma 4"
@@ -38,14 +32,14 @@ def test_a_photo_that_cannot_be_read(tmp_path):
         (tmp_path, "Is a directory"),
         (DEMO, f"cannot identify image file '{DEMO}'"),
     ]:
-        result = run(path)
+        result = process.python(DEMO, path, fails=True)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"error: {path} cannot be read as a photo: {reason}\n"
 
 
 def test_a_device_that_is_not_there():
     missing = "mps" if sys.platform == "linux" else "cuda"
-    result = run("--device", missing)
+    result = process.python(DEMO, "--device", missing, fails=True)
     assert (result.returncode, result.stderr) == (
         2,
         f"error: --device {missing}: torch sees none\n",
@@ -53,7 +47,7 @@ def test_a_device_that_is_not_there():
 
 
 def test_ctrl_c_ends_it_without_a_trace():
-    with subprocess.Popen([sys.executable, DEMO], stdout=-1, stderr=-1, text=True) as demo:
+    with process.start(sys.executable, DEMO) as demo:
         assert demo.stdout.readline().startswith("Loading")
         demo.send_signal(signal.SIGINT)
         assert demo.communicate() == ("", "")

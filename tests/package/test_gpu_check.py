@@ -1,16 +1,15 @@
 """tools/gpu_check.sh, with the engine of tests/simt in place of the GPU."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
-from test_cuda_binary import NOT_BUILT
 
-from conftest import ROOT, why_not
+from helpers import ROOT, process
+from helpers.variants import NEEDS_ALL_OF_CUDA, builds, why_not
 
+CHECK = ROOT / "tools" / "gpu_check.sh"
 pytestmark = pytest.mark.check("tools/gpu_check.sh, rehearsed")
 
 
@@ -18,15 +17,7 @@ pytestmark = pytest.mark.check("tools/gpu_check.sh, rehearsed")
 @pytest.mark.parametrize("phase", ["smoke", "bench", "test", "sanitize", "profile"])
 def test_rehearsal(phase):
     """Every phase runs and passes; the JSON says that no GPU was there."""
-    result = subprocess.run(
-        ["tools/gpu_check.sh", "--device", "simt", phase],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = process.run(CHECK, "--device", "simt", phase, PYTHON=sys.executable)
     if phase in ("test", "sanitize"):
         assert re.search(r"\d+ passed", result.stdout)
         return
@@ -42,27 +33,13 @@ def test_rehearsal(phase):
 
 def test_a_phase_that_fails_is_the_status():
     """Without a GPU every phase fails, says so, and the next one runs all the same."""
-    command = ["tools/gpu_check.sh", "--device", "cuda", "smoke", "profile"]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    result = process.run(CHECK, "--device", "cuda", "smoke", "profile", fails=True, **environment)
     assert result.returncode == 2
     assert "FAILED: smoke" in result.stdout and "FAILED: profile" in result.stdout
 
 
 def test_the_prediction_is_of_this_build():
-    if not list((ROOT / "build").glob("torch*-cu[0-9]*-*")):
-        pytest.skip(NOT_BUILT)
-    result = subprocess.run(
-        [sys.executable, "benchmarks/predict.py", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    if not builds("cu[0-9]*"):
+        pytest.skip(NEEDS_ALL_OF_CUDA)
+    process.python(ROOT / "benchmarks" / "predict.py", "--check")

@@ -3,14 +3,13 @@
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import ROOT, process
 
 SCRIPT = ROOT / "examples" / "on_a_mac.py"
 SMALL = ["--images", "1", "--patches", "63", "--rows", "64", "--rounds", "1"]
@@ -25,9 +24,7 @@ def load(path):
 
 @pytest.mark.variant("cpu")
 def test_it_writes_what_the_report_reads(variant, tmp_path, monkeypatch):
-    command = [sys.executable, SCRIPT, "--here", "--device", "cpu", "--results", tmp_path, *SMALL]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    process.python(SCRIPT, "--here", "--device", "cpu", "--results", tmp_path, *SMALL)
     (path,) = tmp_path.glob("mac_*.json")
     rows = json.loads(path.read_text())
     assert all(row["failures"] == [] for row in rows)

@@ -5,17 +5,17 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import tomllib
 from kernels import get_loaded_kernels
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 
-from conftest import REPO_ID, ROOT
+from helpers import REPO_ID, ROOT, process
+from helpers.symbols import SYSTEM, undefined_symbols
+from helpers.variants import extension
 
 CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
 # Not tests/simt's.
@@ -64,8 +64,7 @@ def test_flake_lock_locks_every_input():
     if nix is None:
         pytest.skip("needs nix-instantiate: apt-get install nix-bin")
     expression = f"(import {ROOT / 'flake.nix'}).inputs"
-    command = [nix, "--eval", "--strict", "--json", "--expr", expression]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = process.run(nix, "--eval", "--strict", "--json", "--expr", expression)
     urls = {name: value["url"] for name, value in json.loads(result.stdout).items()}
     lock = json.loads((ROOT / "flake.lock").read_text())
     nodes = dict(lock["nodes"])
@@ -157,10 +156,6 @@ def test_layers_have_no_constructor():
         assert functions == ["forward"], layer.name
 
 
-# The C and C++ libraries; torch exports parts of the latter too, without a version.
-SYSTEM = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_Z(N[KRO]*)?St|_ITM_|__gmon_start__")
-
-
 def test_what_is_of_the_standard_library():
     """With a version and without; the second is what g++ 14 adds. Torch's C++ is not."""
     for name in ("_ZNSt6localeD1Ev", "_ZSt21ios_base_library_initv", "_ZNKSt5ctypeIcE8do_widenEc"):
@@ -169,20 +164,10 @@ def test_what_is_of_the_standard_library():
         assert not SYSTEM.match(name)
 
 
-def undefined_symbols(extension: Path):
-    """The dynamic symbols that the extension takes from elsewhere, and all that it defines."""
-    lines = subprocess.run(
-        ["nm", "--dynamic", extension], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    undefined = [line.split()[-1] for line in lines if " U " in line or " w " in line]
-    return undefined, [line.split()[-2:] for line in lines if " U " not in line]
-
-
 @PUBLISHED
 def test_extension_needs_only_the_stable_abis(variant_dir):
     """Of torch its C shims, of Python the limited API, of C++ the standard library."""
-    (extension,) = variant_dir.glob("*.abi3.so")
-    undefined, defined = undefined_symbols(extension)
+    undefined, defined = undefined_symbols(extension(variant_dir))
     python = [name for name in undefined if name.startswith(("Py", "_Py"))]
     assert python == ["PyModule_Create2"]
     torch_symbols = [n for n in undefined if n.startswith(("torch_", "aoti_torch_"))]
@@ -198,9 +183,8 @@ NEWEST_OF_MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (
 @PUBLISHED
 def test_what_manylinux_2_28_would_reject_is_reported(variant_dir):
     """A local build takes what the machine's libraries have; kernel-builder holds to the limits."""
-    (extension,) = variant_dir.glob("*.abi3.so")
     rejected = []
-    for name in undefined_symbols(extension)[0]:
+    for name in undefined_symbols(extension(variant_dir))[0]:
         match = re.fullmatch(r"(.*)@(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)", name)
         if match and tuple(map(int, match[3].split("."))) > NEWEST_OF_MANYLINUX_2_28[match[2]]:
             rejected.append(name)

@@ -1,15 +1,13 @@
 """The pages: their code runs, or says why not; their links lead somewhere; the first one is short."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from conftest import ROOT, needs_torch_for_cpu
+from helpers import ROOT, process
+from helpers.variants import needs_torch_for_cpu
 
 # CARD.md is a template of kernel-builder's, which test_package.py fills.
 PAGES = [
@@ -55,16 +53,8 @@ def test_every_block_is_run_or_says_why_not():
 @pytest.mark.parametrize("block", RUN_HERE, ids=lambda block: block.where)
 def test_code_runs_as_it_is(published, tmp_path, block):
     """From the Hub, as a reader would have it."""
-    environment = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    result = subprocess.run(
-        [sys.executable, "-c", block.code],
-        cwd=tmp_path,
-        env=environment | published.environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    variables = {"LOCAL_KERNELS": None, "PYTHONPATH": None} | published.environment(tmp_path)
+    process.script(block.code, cwd=tmp_path, **variables)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,14 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tomllib
 from ruamel.yaml import YAML
 
-from conftest import ROOT
+from helpers import ROOT, process
 
 pytestmark = pytest.mark.check("the GitHub workflows")
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -21,17 +19,14 @@ WORKFLOWS = {path.name: YAML(typ="safe", pure=True).load(path.read_text()) for p
 
 def test_workflows_are_what_github_takes():
     """By the schema that check-jsonschema brings with it."""
-    command = [sys.executable, "-m", "check_jsonschema"]
-    command += ["--builtin-schema", "vendor.github-workflows", *FILES]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    schema = ["--builtin-schema", "vendor.github-workflows"]
+    process.python("-m", "check_jsonschema", *schema, *FILES)
 
 
 def test_issue_forms_are_what_github_takes():
-    command = [sys.executable, "-m", "check_jsonschema"]
-    command += ["--builtin-schema", "vendor.github-issue-forms", *FORMS]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert FORMS and result.returncode == 0, result.stdout + result.stderr
+    assert FORMS
+    schema = ["--builtin-schema", "vendor.github-issue-forms"]
+    process.python("-m", "check_jsonschema", *schema, *FORMS)
 
 
 def test_a_version_tag_publishes_and_nothing_else():
@@ -67,20 +62,20 @@ def test_publish_builds_then_signs_then_uploads(tmp_path):
         shutil.copy(ROOT / name, checkout)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["init", "-q"], ["add", "flake.lock"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *arguments], cwd=checkout, check=True)
+        process.run(*git, *arguments, cwd=checkout)
 
     calls = tmp_path / "calls"
-    environment = os.environ | {
+    environment = {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "BACKEND": "cuda",
         "TAG": "v1",
-        "CALLS": str(calls),
-        "STORE": str(store),
+        "CALLS": calls,
+        "STORE": store,
     }
     for step in WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"]:
         if "run" in step:
             command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
-            subprocess.run(command, cwd=checkout, env=environment, check=True)
+            process.run(*command, cwd=checkout, **environment)
     assert calls.read_text().splitlines() == [
         "xcodebuild -downloadComponent MetalToolchain",
         "nix build --print-build-logs .#backendBundle.cuda",
@@ -98,17 +93,15 @@ def test_publish_builds_then_signs_then_uploads(tmp_path):
 
 def test_publish_stops_without_a_lock(tmp_path):
     step = WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"][1]
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    assert subprocess.run(step["run"].split(), cwd=tmp_path, check=False).returncode != 0
+    process.run("git", "init", "-q", cwd=tmp_path)
+    process.run(*step["run"].split(), cwd=tmp_path, fails=True)
 
 
 @pytest.mark.parametrize(("tag", "passes"), [("v1", True), ("v2", False), ("v11", False)])
 def test_publish_refuses_a_tag_that_is_not_the_version(tag, passes):
     steps = WORKFLOWS["publish.yml"]["jobs"]["publish"]["steps"]
     (step,) = [step for step in steps if "TAG" in step.get("env", {})]
-    command = ["bash", "-e", "-c", step["run"]]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"TAG": tag}, check=False)
-    assert (result.returncode == 0) == passes
+    process.run("bash", "-e", "-c", step["run"], fails=not passes, TAG=tag)
 
 
 def test_publish_builds_every_backend_of_every_system():
@@ -142,13 +135,8 @@ def test_fresh_machine_leaves_nothing_if_there_is_no_root(tmp_path):
     folder.mkdir()
     (commands / "debootstrap").write_text("#!/bin/sh\necho no such release\nexit 3\n")
     (commands / "debootstrap").chmod(0o755)
-    variables = {"PATH": f"{commands}:{os.environ['PATH']}", "TMPDIR": str(folder)}
-    result = subprocess.run(
-        [ROOT / "tools" / "fresh_machine.sh", "trixie"],
-        env=os.environ | variables | {"FRESH_MACHINE": "1"},  # in no namespace of its own
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    variables = {"PATH": f"{commands}:{os.environ['PATH']}", "TMPDIR": folder}
+    variables["FRESH_MACHINE"] = 1  # in no namespace of its own
+    result = process.run(ROOT / "tools" / "fresh_machine.sh", "trixie", fails=True, **variables)
     assert result.returncode == 1 and "no such release" in result.stderr, result.stderr
     assert not list(folder.iterdir())

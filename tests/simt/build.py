@@ -5,7 +5,8 @@
 
 The sources are those of build.toml and the layout is kernel-builder's, as in tools/build.py: the engine's
 files are added, and the kernel takes the CPU's tensors. The Metal sources are compiled by clang 19 with GCC's
-Objective-C runtime; $CXX and $CXXFLAGS are as there.
+Objective-C runtime; $CXX and $CXXFLAGS are as there. tiny-cuda and tiny-metal are the engine with kernels of a
+few lines, for its own tests.
 """
 
 import argparse
@@ -27,18 +28,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="*", metavar="cuda|metal", help="default: what can be")
+    parser.add_argument("sources", nargs="*", metavar="NAME", help="default: what can be")
     names = parser.parse_args().sources
     if unknown := set(names) - set(VARIANTS):
-        parser.error(f"it is cuda or metal, not {' '.join(unknown)}")
+        parser.error(f"it is one of {', '.join(VARIANTS)}, not {' '.join(unknown)}")
     output = ROOT / ".build" / "simt"
     if not names:
-        names = ["cuda"]
+        names = list(VARIANTS)
         if why_no_clang():
             print(f"metal: not built for tests/simt, {why_no_clang()}")
-            shutil.rmtree(output / "metal", ignore_errors=True)  # of other sources, perhaps
-        else:
-            names.append("metal")
+            names = ["tiny-cuda", "cuda"]
+            for name in VARIANTS.keys() - names:  # of other sources, perhaps
+                shutil.rmtree(output / name, ignore_errors=True)
     config = read_config()
     for name in names:
         VARIANTS[name](config).build(output / name)
@@ -162,6 +163,36 @@ class SimtMetal(Simt):
         return super().needs(source)
 
 
+class Tiny:
+    """Kernels of a few lines in place of the package."""
+
+    tiny_sources: tuple
+
+    @property
+    def build_folder_suffix(self) -> str:
+        return f"-simt-tiny-{self.backend}"
+
+    def sources(self):
+        for source in (*self.tiny_sources, *self.engine_sources):
+            yield str(ENGINE.relative_to(ROOT) / source), ""
+
+    def lay_out(self, extension: Path, destination: Path):
+        destination.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(extension, destination / "tiny.abi3.so")
+
+
+class TinyCuda(Tiny, SimtCuda):
+    tiny_sources = ("tiny/kernels.cu",)
+    engine_sources = ("simt.cpp", "cuda/runtime.cpp")
+    wrapped = ("__assert_fail",)
+
+
+class TinyMetal(Tiny, SimtMetal):
+    tiny_sources = ("tiny/shaders.metal", "tiny/launches.mm")
+    engine_sources = ("simt.cpp", "metal/emulator.mm")
+    wrapped = ()
+
+
 def objc_folder() -> Path:
     """Where GCC keeps the Objective-C runtime and its headers, which clang doesn't bring."""
     folders = sorted(Path("/usr/lib/gcc").glob(f"{platform.machine()}-*/*/include/objc/objc.h"))
@@ -177,7 +208,13 @@ def why_no_clang():
     return None
 
 
-VARIANTS = {"cuda": SimtCuda, "metal": SimtMetal}
+# The engine first: it doesn't depend on the kernel's sources.
+VARIANTS = {
+    "tiny-cuda": TinyCuda,
+    "tiny-metal": TinyMetal,
+    "cuda": SimtCuda,
+    "metal": SimtMetal,
+}
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@
 #include <c10/metal/error.h>
 #include <link.h>
 #include <objc/runtime.h>
+#include <unwind.h>
 
 #include <algorithm>
 #include <array>
@@ -192,6 +193,18 @@ void dispatch_sync(dispatch_queue_t queue, void (^block)()) {
     die("an exception leaves the queue");
   }
   queue->runner = std::thread::id();
+}
+
+// In place of the Objective-C runtime's, which catches nothing that C++ throws: not above, and not
+// in the op's launcher. Nobody here throws anything else.
+extern "C" {
+_Unwind_Reason_Code __gxx_personality_v0(int, _Unwind_Action, uint64_t, _Unwind_Exception*,
+                                         _Unwind_Context*);
+_Unwind_Reason_Code __gnu_objc_personality_v0(int version, _Unwind_Action actions, uint64_t kind,
+                                              _Unwind_Exception* exception,
+                                              _Unwind_Context* context) {
+  return __gxx_personality_v0(version, actions, kind, exception, context);
+}
 }
 
 // ---------------------------------------------------------------------------------------------
