@@ -32,7 +32,7 @@ COMPUTED = each(
 )
 # The plots: an image of 70 to 1120 soft tokens, and batches of which the one-hot fits in memory.
 TIMES = varied(IMAGE, patches=(630, 1260, 2520, 5040, 10080))
-MEMORY = varied(Case(peers=("eager", "one-hot"), rounds=2), batch=(1, 2, 4, 8))
+MEMORY = varied(Case(dtype="fp32", peers=("eager", "one-hot"), rounds=2), batch=(1, 2, 4, 8))
 OPS = [
     *each(MAIN, dtypes=DTYPES, rounds=30),
     *each(RANDOM, SINGLE, dtypes=BOTH),
