@@ -163,7 +163,7 @@ BROKEN = {
         METAL_BACKWARD, "const uint start = starts[row]; «»", "if (lane * N >= lookup.num_columns) return;", "is stuck",
     ),
     "Metal: entries past the last": Broken(
-        METAL_BACKWARD, "«if (i >= num_entries) continue;»", "", OUTSIDE,
+        METAL_BACKWARD, "«if (i >= num_entries) continue;»", "", f"{OUTSIDE}|a race",
     ),
     "Metal: columns past the last": Broken(
         METAL_FORWARD, "* N < lookup.num_columns«»;", "+ N", "a race: .* wrote|outside of writable memory",

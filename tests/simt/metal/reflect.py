@@ -104,11 +104,11 @@ def parse(kernel, text):
         match = PARAMETER.fullmatch(parameter.strip())
         if match is None:
             sys.exit(f"error: {kernel}: the parameter `{parameter.strip()}` has no attribute")
-        kind, attribute, index = match.groups()
+        kind, attribute, index = (group and group.strip() for group in match.groups())
         if (space := SPACES.get(attribute)) is None:
             sys.exit(f"error: {kernel}: the engine doesn't know the attribute {attribute}")
-        if not re.fullmatch(space, kind.strip()):
-            sys.exit(f"error: {kernel}: {attribute} can't be a `{kind.strip()}`")
+        if not re.fullmatch(space, kind):
+            sys.exit(f"error: {kernel}: {attribute} can't be a `{kind}`")
         if attribute in BUILTINS:
             arguments.append(BUILTINS[attribute])
         elif attribute == "buffer":
