@@ -34,7 +34,7 @@ demo: build
 quick: build lint
 	$(PYTEST) -m kernels_ci $(ARGS)
 
-test: build simt
+test: build $(TESTS)
 	$(PYTEST) -m "not check" $(ARGS)
 
 check: build simt

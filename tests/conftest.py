@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 # Before anything that imports `kernels`.
-from helpers.variants import VARIANTS, load_library, why_not  # isort: split
+from helpers.variants import ON_THE_ENGINE, VARIANTS, load_library, why_not  # isort: split
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def pytest_generate_tests(metafunc):
     if "variant" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("variant")
-    variants = [
-        pytest.param(
-            name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "")
-        )
-        for name in (marker.args if marker else VARIANTS)
-    ]
+    variants = []
+    for name in marker.args if marker else VARIANTS:
+        marks = [pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "")]
+        if VARIANTS[name].is_emulated:
+            marks.append(ON_THE_ENGINE)
+        variants.append(pytest.param(name, marks=marks))
     metafunc.parametrize("variant", variants, indirect=True, scope="session")
 
 

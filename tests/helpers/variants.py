@@ -27,6 +27,9 @@ NEEDS_GPU = "needs a GPU"
 NEEDS_CLANG = "needs clang 19 and GCC's Objective-C runtime: apt-get install clang-19 gobjc++"
 NEEDS_ALL_OF_CUDA = "needs the CUDA variant for all architectures: make cuda"
 
+# Tests that take minutes where there is no GPU.
+ON_THE_ENGINE = pytest.mark.check("the GPUs' sources, run by tests/simt")
+
 
 class Variant(NamedTuple):
     """A build of the kernel, and what there is to know about it in a test."""
@@ -75,7 +78,7 @@ def why_not(name):
         sources = VARIANTS[name].sources
         if (SIMT_BUILDS / sources).exists():
             return None
-        return NEEDS_CLANG if sources == "metal" else f"needs the {name} variant: make test"
+        return NEEDS_CLANG if sources == "metal" else f"needs the {name} variant: make simt"
     if name == "cuda" and not torch.cuda.is_available():
         return NEEDS_GPU
     platform = "cpu" if name == "cpu" else f"cu{torch.version.cuda.partition('.')[0]}*"

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from helpers import ROOT, process
-from helpers.variants import NEEDS_CLANG, SIMT_BUILDS, load_library
+from helpers.variants import NEEDS_CLANG, ON_THE_ENGINE, SIMT_BUILDS, load_library
 from simt.traffic import Moved, count_traffic
+
+pytestmark = ON_THE_ENGINE
 
 ENGINE = ROOT / "tests" / "simt"
 WORDS = 128  # two blocks of 64 threads
