@@ -534,6 +534,7 @@ def test_two_processes_download_at_once(published, tmp_path):
         list(pool.map(lambda _: run_script(published, tmp_path, GET_KERNEL), range(2)))
 
 
+@pytest.mark.check("what is compiled for minutes")
 def test_two_builds_in_one_process(hub, tmp_path, variant_dir):
     """Another build of the kernel, from this folder, next to the Hub's: two namespaces, no clash."""
     script = f"""

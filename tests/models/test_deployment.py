@@ -90,6 +90,7 @@ def test_an_exported_program_needs_the_build_that_it_was_saved_with(kernel, tmp_
     assert (sentence in result.stderr) == (loaded != "its own"), result.stderr
 
 
+@pytest.mark.check("what is compiled for minutes")
 def test_vision_tower_exported_and_compiled_ahead(swap_in, tmp_path):
     """The whole tower, as a graph that calls the op, and as AOTInductor's package."""
     original = tiny_models.build("e2b").model.vision_tower

@@ -39,6 +39,7 @@ def test_compare(variant, tmp_path):
     )
 
 
+@pytest.mark.check("the lists of benchmarks")
 def test_every_list_runs(variant, tmp_path):
     """All cases that are measured, at a size at which they take no time."""
     small = ["--batch", "1", "--patches", "16", "--hidden", "8", "--rows", "64", "--rounds", "2"]
