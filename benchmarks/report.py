@@ -374,7 +374,7 @@ def plot_memory(rows):
     sizes = [row["case"]["batch"] for row in taken]
     names = ("one-hot", "eager", "ours")
     series = {name: [row["peak_bytes"][name] / 2**20 for row in taken] for name in names}
-    x_label = "images of 2520 patches, 768 wide, fp32"
+    x_label = f"images of 2520 patches, 768 wide, {taken[0]['case']['dtype']}"
     curves(axis, "Peak memory of the forward beyond its inputs: MiB", x_label, sizes, series)
     ends = sizes[-1], TRAINING_BATCH
     computed = [series["one-hot"][-1] * batch / sizes[-1] for batch in ends]

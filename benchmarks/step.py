@@ -20,6 +20,7 @@ from types import MethodType
 
 import measure
 import torch
+from cases import EMBEDDER
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma4VisionConfig, Gemma4VisionModel
 from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
@@ -27,7 +28,6 @@ from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
 sys.path.append(str(measure.ROOT / "upstream"))
 import patched
 
-EMBEDDER = "Gemma 4 embedder"
 STEPS = (
     EMBEDDER,
     "Gemma 4 forward",

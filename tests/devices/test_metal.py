@@ -14,9 +14,9 @@ from helpers.engine import check, check_grids_of_32_bits, step
 from helpers.memory import total_allocated
 from helpers.problems import grid
 from helpers.variants import NEEDS_CLANG, load_library
+from simt.build import CLANG, why_no_clang
 from simt.traffic import count_traffic
 
-CLANG = "clang++-19"
 pytestmark = [pytest.mark.variant("metal-simt"), pytest.mark.usefixtures("variant")]
 
 
@@ -312,7 +312,7 @@ def inspect(ir):
 
 @pytest.fixture(scope="module")
 def needs_clang():
-    if shutil.which(CLANG) is None:
+    if why_no_clang():
         pytest.skip(NEEDS_CLANG)
 
 
