@@ -12,7 +12,8 @@
 //   finish_kernel   adds up the partials of each such run.
 //
 // The first two also fill the table's gradient with zeros, a share a launch, on the multiprocessors
-// that the sort leaves idle.
+// that the sort leaves idle. Nobody reads or writes a share until all are filled, so a launch that
+// overlaps with the one before it begins with its own at once, and the filling never pauses.
 //
 // A tile of the sums is kTile entries. It is cut into stretches of kStretch entries, one a team of
 // kTeam lanes; what of a run lies in one stretch is a piece. A tile of the sort (sort_tile) is a
@@ -269,29 +270,39 @@ __device__ __forceinline__ void find_places(const Plan& plan, SortShared& shared
   if (half == 0) shared.next[digit] = shared.before[0][digit] + before;
 }
 
+// A lane's entries of a step, or the last entry of the list again.
+__device__ __forceinline__ void load_step(const Plan& plan, uint32_t first,
+                                          Entry (&entries)[kSortUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kSortUnroll; ++u) {
+    entries[u] = plan.entries[min(first + u * kWarpSize, plan.num_entries - 1)];
+  }
+}
+
 // A block has a tile of the entries, kSortStep of them at a time, of which a warp has kSortUnroll
-// times 32 neighbours, and a lane every 32nd.
+// times 32 neighbours, and a lane every 32nd. A step's entries are requested before the places are
+// found, or the step before them is done.
 __global__ void __launch_bounds__(kSortThreads, 2) sort_kernel(const Plan plan) {
+  if (blockIdx.x >= plan.num_sort_tiles) {
+    let_next_kernel_start();
+    fill_share(plan, plan.digit + 1);
+    return wait_for_previous_kernel();  // or the next one wouldn't wait for that one
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (blockIdx.x >= plan.num_sort_tiles) return fill_share(plan, plan.digit + 1);
   auto& shared = *shared_memory<SortShared>();
   const int lane = threadIdx.x % kWarpSize;
   uint32_t* warp_counts = shared.warps[threadIdx.x / kWarpSize];
-  find_places(plan, shared);
-
   const uint32_t begin = blockIdx.x << plan.sort_tile_bits;
   const uint32_t end = min(plan.num_entries, begin + (1u << plan.sort_tile_bits));
-  for (uint32_t step = begin; step < end; step += kSortStep) {
+  uint32_t first = begin + threadIdx.x / kWarpSize * (kWarpSize * kSortUnroll) + lane;
+  Entry entries[kSortUnroll];
+  load_step(plan, first, entries);
+  find_places(plan, shared);
+
+  for (uint32_t step = begin; step < end; step += kSortStep, first += kSortStep) {
     for (int digit = lane; digit < kDigits; digit += kWarpSize) warp_counts[digit] = 0;
-    const uint32_t first = step + threadIdx.x / kWarpSize * (kWarpSize * kSortUnroll) + lane;
-    Entry entries[kSortUnroll];
     uint32_t rank[kSortUnroll];
-#pragma unroll
-    for (int u = 0; u < kSortUnroll; ++u) {
-      const uint32_t i = first + u * kWarpSize;
-      if (i < end) entries[u] = plan.entries[i];
-    }
 #pragma unroll
     for (int u = 0; u < kSortUnroll; ++u) {
       const bool valid = first + u * kWarpSize < end;
@@ -323,6 +334,7 @@ __global__ void __launch_bounds__(kSortThreads, 2) sort_kernel(const Plan plan) 
       uint32_t* counts = plan.counts_of(plan.digit + 1, place >> plan.sort_tile_bits);
       atomicAdd(&counts[plan.digit_of(entries[u], plan.digit + 1)], 1u);
     }
+    if (step + kSortStep < end) load_step(plan, first + kSortStep, entries);
     __syncthreads();
   }
 }

@@ -48,7 +48,10 @@ BROKEN = {
         BACKWARD, "sum_kernel(const Plan plan) { «wait_for_previous_kernel();»", "", "before it has waited for the previous launch",
     ),
     "some blocks don't wait for the kernel before": Broken(
-        BACKWARD, "«wait_for_previous_kernel(); let_next_kernel_start(); if (blockIdx.x >= plan.num_sort_tiles) return fill_share(plan, plan.digit + 1);»", "if (blockIdx.x >= plan.num_sort_tiles) return; wait_for_previous_kernel();", "ends without waiting for the previous launch",
+        BACKWARD, "fill_share(plan, plan.digit + 1); return «wait_for_previous_kernel()»;", "", "ends without waiting for the previous launch",
+    ),
+    "a share is filled that the kernel before may be filling": Broken(
+        BACKWARD, "fill_share(plan, plan.digit «+ 1»)", "", "before it has waited for the previous launch",
     ),
     "the forward writes a vector past the row": Broken(
         FORWARD, "if (c >= num_columns«») break;", "+ N", "a race: .* wrote|outside of writable memory",

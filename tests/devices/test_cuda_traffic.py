@@ -138,7 +138,7 @@ def test_backward(variant_dir, kernel, arguments, kind):
     tiles, slabs = -(-entries // 512), 12
     assert moved[0].written == 8 * entries + 2 * counts
     for of_sort in moved[1:3]:
-        assert of_sort.read == 8 * entries + 5 * 512 * 16 * 4
+        assert of_sort.read == 8 * (entries + again) + 5 * 512 * 16 * 4
         assert of_sort.read_by_blocks == 8 * entries + 5 * counts
     assert moved[3].read_once <= 8 * entries
     assert moved[3].read_by_blocks <= slabs * (8 * entries + 96 * tiles)

@@ -87,6 +87,7 @@ void (*body)(const void*);
 const void* body_argument;
 unsigned block, blocks, threads;
 uint32_t run, first_run_of_launch, block_epoch;
+uint32_t first_run_of_chain;  // of the last launch that didn't overlap, and of those that did since
 unsigned at_block_barrier;
 bool overlaps;
 std::string error;
@@ -195,6 +196,14 @@ void record(const Memory& memory, size_t granule, bool write, bool atomic) {
   };
   check(shadow.write, "wrote");
   if (write) check(shadow.read, "read");
+  auto may_still_run = [](const Access& other) {
+    return other.run >= first_run_of_chain && other.run < first_run_of_launch;
+  };
+  if (!current->waited && (may_still_run(shadow.write) || (write && may_still_run(shadow.read)))) {
+    fail("thread %u of block %u %s byte %zu of %s before it has waited for the previous launch",
+         current_index(), block, write ? "writes" : "reads", granule * kGranule,
+         describe(memory).c_str());
+  }
   Access access{run, block_epoch, current_warp().epoch, static_cast<uint16_t>(current_index()),
                 atomic};
   if (write) {
@@ -257,10 +266,6 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic = fals
     fail("thread %u of block %u %s %zu bytes at %p, outside of %s memory", current_index(), block,
          write ? "writes" : "reads", bytes, pointer, write ? "writable" : "its");
   }
-  if (overlaps && !current->waited && found != &shared) {
-    fail("thread %u of block %u accesses %s before it has waited for the previous launch",
-         current_index(), block, describe(*found).c_str());
-  }
   if (counting) count(*found, address, bytes, write);
   if (!found->writable) return;  // what nobody writes can't race
   const size_t first = (address - found->begin) / kGranule;
@@ -314,6 +319,7 @@ void launch(unsigned num_blocks, unsigned num_threads, void* shared_memory, size
   threads = num_threads;
   overlaps = may_overlap;
   first_run_of_launch = run + 1;
+  if (!overlaps) first_run_of_chain = first_run_of_launch;
   error.clear();
 
   std::vector<unsigned> block_order(blocks), thread_order(threads);

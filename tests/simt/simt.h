@@ -38,8 +38,9 @@ constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 
 // Calls thread(argument) for each thread of each block. Throws std::runtime_error if one fails. If
-// the launch may overlap with the one before it, each thread must call wait_for_previous_launch
-// before it touches a tensor, and at all.
+// the launch may overlap with the one before it, each thread must call wait_for_previous_launch,
+// and until then leave alone what the launches before it have touched, back to the last that could
+// not overlap: what they wrote, and, to write, what they read.
 void launch(unsigned blocks, unsigned threads, void* shared, size_t shared_bytes,
             void (*thread)(const void*), const void* argument, bool overlaps = false);
 void wait_for_previous_launch();

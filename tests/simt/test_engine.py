@@ -59,6 +59,7 @@ RIGHT = {
     "count": torch.tensor([WORDS] + [0] * (WORDS - 1)),
     "read_fresh_memory": torch.full((WORDS,), -1),
     "wait_then_copy": torch.arange(WORDS),
+    "copy_second_block_then_wait": torch.arange(WORDS),
 }
 WRONG = {
     "all_write_one": "a race: .* a tensor of 512 bytes, which thread .* of the same block wrote",
@@ -85,7 +86,7 @@ WRONG = {
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kernel", RIGHT)
 def test_right_kernels_pass(tiny, kernel, seed):
-    said, out = run_kernel(tiny, kernel, seed, overlaps=kernel.startswith("wait"))
+    said, out = run_kernel(tiny, kernel, seed, overlaps="wait" in kernel)
     assert said == ""
     assert torch.equal(out, RIGHT[kernel].int())
 
@@ -102,7 +103,8 @@ def test_what_is_wrong_is_said(tiny, kernel, seed):
     ("kernel", "message"),
     [
         ("does_not_wait", "ends without waiting for the previous launch"),
-        ("waits_too_late", "accesses .* before it has waited for the previous launch"),
+        ("writes_before_it_waits", "writes byte .* before it has waited for the previous launch"),
+        ("reads_before_it_waits", "reads byte .* before it has waited for the previous launch"),
     ],
 )
 def test_an_overlapping_launch_waits_for_the_one_before(tiny, kernel, message):

@@ -63,9 +63,20 @@ __global__ void arrive(Params p) {
 // Of what nobody has written.
 __global__ void read_fresh_memory(Params p) { p.out[place()] = shared()[threadIdx.x]; }
 
+__global__ void copy_first_block(Params p) {
+  if (blockIdx.x == 0) copy(p);
+}
+
+// Launched after copy_first_block, with which it may overlap.
 __global__ void wait_then_copy(Params p) {
   cudaGridDependencySynchronize();
   copy(p);
+}
+
+// Likewise: the second block's words are its own.
+__global__ void copy_second_block_then_wait(Params p) {
+  if (blockIdx.x == 1) copy(p);
+  cudaGridDependencySynchronize();
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -141,9 +152,15 @@ __global__ void assertion(Params p) { assert(p.in[place()] == 0 && "all are zero
 
 __global__ void does_not_wait(Params) {}
 
-__global__ void waits_too_late(Params p) {
+__global__ void writes_before_it_waits(Params p) {
   copy(p);
   cudaGridDependencySynchronize();
+}
+
+__global__ void reads_before_it_waits(Params p) {
+  const uint32_t word = p.out[place()];
+  cudaGridDependencySynchronize();
+  p.out[place()] = word;
 }
 
 #define NAMED(kernel) {#kernel, kernel}
@@ -158,6 +175,7 @@ const std::map<std::string, void (*)(Params)> kernels = {
     NAMED(arrive),
     NAMED(read_fresh_memory),
     NAMED(wait_then_copy),
+    NAMED(copy_second_block_then_wait),
     NAMED(all_write_one),
     NAMED(blocks_write_one),
     NAMED(no_block_barrier),
@@ -177,14 +195,16 @@ const std::map<std::string, void (*)(Params)> kernels = {
     NAMED(misaligned_word),
     NAMED(assertion),
     NAMED(does_not_wait),
-    NAMED(waits_too_late),
+    NAMED(writes_before_it_waits),
+    NAMED(reads_before_it_waits),
 };
 
 std::string error;
 
 }  // namespace
 
-// Returns what the engine has to say, or "". Both arrays have kWords.
+// Returns what the engine has to say, or "". Both arrays have kWords. A kernel that overlaps
+// follows copy_first_block.
 extern "C" __attribute__((visibility("default"))) const char* tiny_run(const char* name,
                                                                        const uint32_t* in,
                                                                        uint32_t* out,
@@ -198,11 +218,12 @@ extern "C" __attribute__((visibility("default"))) const char* tiny_run(const cha
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kThreads * sizeof(uint32_t);
   config.attrs = &overlap;
-  config.numAttrs = overlaps;
   // As a caller must who may be the first to launch a kernel while a graph is captured.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
   try {
+    if (overlaps) cudaLaunchKernelEx(&config, copy_first_block, Params{in, out});
+    config.numAttrs = overlaps;
     const cudaError_t status = cudaLaunchKernelEx(&config, kernels.at(name), Params{in, out});
     if (status != cudaSuccess) error = cudaGetErrorString(status);
   } catch (const std::exception& exception) {
