@@ -2,7 +2,8 @@
 
     git clone https://github.com/huggingface/kernels .build/kernels
     python tools/kernel_builder.py .build/kernels cpu cuda     # into .build/kernel-builder/<variant>/
-    LOCAL_KERNELS=kernels-community/fused-embedding-lookup=.build/kernel-builder python -m pytest
+    cp -r .build/kernel-builder/torch* build/                  # in place of what `make build` made there
+    python -m pytest -m "not check"
 
 The templates are those of the commit that flake.lock pins. It needs cmake 3.26 or newer (PyPI has it) and what
 tools/build.py needs. CUDA is compiled against the torch that is installed, whichever build of it that is. What
