@@ -318,6 +318,8 @@ def svg(figure):
     pyplot.close(figure)
     # Without a generic name, a browser that lacks the font takes one with serifs.
     text = buffer.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
+    # The last of matplotlib's six decimals depends on the CPU: numpy has other code for AVX-512.
+    text = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3f}", text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
