@@ -38,7 +38,9 @@ STATEMENTS = {  # in inference mode the tensors of SETUP skip what is registered
 
 
 def main():
-    args = measure.parser(__doc__, rounds=15).parse_args()
+    parser = measure.measuring_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    args = parser.parse_args()
     kernel = measure.load_kernel(args.device)
     names = {"torch": torch, "kernel": kernel, "device": torch.get_default_device()}
     torch.set_default_device(None)  # every call would pay for looking at it

@@ -14,7 +14,7 @@ from measure import Case
 
 
 def main():
-    parser = measure.parser(__doc__)
+    parser = measure.measuring_parser(__doc__)
     parser.add_argument("--list", choices=LISTS)
     for name, default in Case._field_defaults.items():
         kind = int if isinstance(default, int) else str

@@ -22,7 +22,7 @@ SMALL = {"batch": 1, "patches": 63, "hidden": 64, "rows": 100}
 
 
 def main():
-    parser = measure.parser(__doc__)
+    parser = measure.measuring_parser(__doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("phase", choices=["smoke", "profile", "first-capture"])
     args = parser.parse_args()

@@ -382,16 +382,19 @@ def count_ops(prepare):
 # ----- scripts and rows -----------------------------------------------------------------------------
 
 
-def parser(description, rounds=None):
-    """The options that all scripts have."""
-    result = argparse.ArgumentParser(
+def parser(description):
+    """What all scripts begin with: their docstring is the help, line for line."""
+    return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def measuring_parser(description):
+    """With the options of those that write rows."""
+    result = parser(description)
     # simt is the engine of tests/simt, with which a day on a GPU is rehearsed.
     result.add_argument("--device", default="cpu", choices=["cpu", "cuda", "simt"])
     result.add_argument("--json", type=Path, metavar="FILE", help="written after each row")
-    if rounds:
-        result.add_argument("--rounds", type=int, default=rounds)
     return result
 
 

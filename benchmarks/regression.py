@@ -7,11 +7,12 @@ Two things are looked at. Instructions, by callgrind, of one thread in the AVX2 
 steady to 0.05%, so 2% more than the committed count fails. Another compiler makes other ones, and another CPU has
 another memset: they are compared with the same compiler and on the same CPU only, and it says so elsewhere.
 And times, as ratios to eager's in the same rounds, on any machine. These are noisy, also from machine to machine:
-the least that is let through, LEAST, is far below what is measured, and the best of five processes counts. So CI
+the least that is let through, LEAST, is far below what is measured, and the best of five attempts counts. So CI
 sees a kernel that is broken for speed, or has more instructions. It doesn't see one that waits longer.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import measure
 import torch
+from cases import LISTS
 
 BASELINE = measure.RESULTS / "baseline.json"
 ATTEMPTS = 5
@@ -31,9 +33,7 @@ LEAST = 2  # times as fast as eager; 7 to 18 were measured
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     parser.add_argument("--write", action="store_true", help="write the committed counts")
     # What this script calls itself with, under valgrind.
     parser.add_argument("--launches", action="store_true", help=argparse.SUPPRESS)
@@ -47,54 +47,39 @@ def main():
         row = measure.origin(kernel, "cpu", "make gate ARGS=--write") | {"compiler": compiler()}
         BASELINE.write_text(json.dumps(row | {"instructions": instructions()}, indent=1) + "\n")
         return print(f"Wrote {BASELINE}")
-    if not BASELINE.exists():
-        sys.exit(f"error: there is no {BASELINE}; `make gate ARGS=--write` measures it")
 
-    failed = compare_times() + compare_instructions(kernel)
+    failed = []
+    for name, passed, text in itertools.chain(compare_times(kernel), compare_instructions(kernel)):
+        print(f"{'ok' if passed else 'FAILED':6} {name}: {text}", flush=True)
+        failed += [] if passed else [name]
     if failed:
         sys.exit(f"error: slower than is let through: {', '.join(failed)}")
 
 
-def report(name, passed, text):
-    """Prints a verdict. Returns the names of what failed."""
-    print(f"{'ok' if passed else 'FAILED':6} {name}: {text}")
-    return [] if passed else [name]
-
-
-def compare_times():
-    best = {}
-    for _ in range(ATTEMPTS):
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            script = measure.ROOT / "benchmarks" / "compare.py"
-            command = [sys.executable, script, "--list", "gate", "--json", file.name]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            for row in json.load(file):
-                name = f"{row['case']['direction']} {row['case']['dtype']}"
-                best[name] = max(row["ratio"]["eager"][0], best.get(name, 0))
-        if all(ratio >= LEAST for ratio in best.values()):
-            break
-    failed = []
-    for name, ratio in best.items():
-        failed += report(
-            name, ratio >= LEAST, f"{ratio:.3g} times as fast as eager, at least {LEAST}"
-        )
-    return failed
+def compare_times(kernel):
+    """Verdicts: a name, whether it has passed, and what was found."""
+    for case in LISTS["gate"]:
+        best = 0
+        for _ in range(ATTEMPTS):
+            ratio, _, _ = measure.measure(kernel, case)["ratio"]["eager"]
+            best = max(best, ratio)
+            if best >= LEAST:
+                break
+        text = f"{best:.3g} times as fast as eager, at least {LEAST}"
+        yield f"{case.direction} {case.dtype}", best >= LEAST, text
 
 
 def compare_instructions(kernel):
+    """Verdicts like those, none where the counts can't be compared."""
     baseline = json.loads(BASELINE.read_text())
     here = {"machine": measure.machine(kernel, "cpu"), "compiler": compiler()}
     for what, this in here.items():
         if baseline[what] != this:
-            print(
-                f"instructions: not compared, counted with {what} {baseline[what]}, this is {this}"
-            )
-            return []
-    failed = []
+            print(f"instructions: not compared, the {what} was {baseline[what]}, this is {this}")
+            return
     for name, count in instructions().items():
         most = baseline["instructions"][name] * MORE_INSTRUCTIONS
-        failed += report(f"{name}, instructions", count <= most, f"{count:,}, at most {most:,.0f}")
-    return failed
+        yield f"{name}, instructions", count <= most, f"{count:,}, at most {most:,.0f}"
 
 
 def compiler():
@@ -103,7 +88,7 @@ def compiler():
 
 
 def instructions():
-    """The instructions that the launchers execute, for each of `launches`."""
+    """The instructions of each launcher's call, by what `launches` says that it was."""
     print("counting instructions under valgrind, half a minute ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
@@ -116,7 +101,7 @@ def instructions():
         if run.returncode:
             sys.exit(f"error: the program under valgrind failed\n{run.stdout}{run.stderr}")
         counts = {}
-        for number, name in enumerate(run.stdout.split("\n")[:-1], start=1):
+        for number, name in enumerate(run.stdout.splitlines(), start=1):
             dump = Path(folder, f"out.{number}").read_text()
             counts[name] = int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1])
     if not counts or not all(counts.values()):

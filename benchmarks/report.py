@@ -6,7 +6,6 @@ make report ARGS=--check    # changes nothing; fails if they disagree with the J
 They stand between <!-- benchmarks: NAME --> and <!-- /benchmarks -->. What was not measured is not there.
 """
 
-import argparse
 import io
 import json
 import os
@@ -33,9 +32,7 @@ TRAINING_BATCH = 40  # of issue 46175 of transformers
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether they disagree")
     args = parser.parse_args()
     files = generated(measure.RESULTS)

@@ -50,7 +50,7 @@ class Clock:
 
 
 def main():
-    parser = measure.parser(__doc__)
+    parser = measure.measuring_parser(__doc__)
     parser.add_argument("--rounds", type=int, help="default: 20 for the embedder, else 2")
     parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
     parser.add_argument(
