@@ -12,7 +12,6 @@ is timed is all but the matrix product. Before and after take turns.
 """
 
 import copy
-import itertools
 import statistics
 import sys
 from functools import partial
@@ -28,81 +27,72 @@ from transformers.models.qwen3_vl import Qwen3VLVisionConfig, modeling_qwen3_vl
 sys.path.append(str(measure.ROOT / "upstream"))
 import patched
 
-STEPS = (
-    EMBEDDER,
-    "Gemma 4 forward",
-    "Gemma 4 LoRA",
-    "Gemma 4 LoRA and table",
-    "Qwen3-VL forward",
-)
+STEPS = {  # of how many patches; in how many rounds, and in which dtypes, unless told otherwise
+    EMBEDDER: (2520, 20, ("fp32", "bf16")),
+    "Gemma 4 forward": (2520, 2, ("fp32",)),
+    "Gemma 4 LoRA": (2520, 2, ("fp32",)),
+    "Gemma 4 LoRA and table": (2520, 2, ("fp32",)),
+    "Qwen3-VL forward": (1024, 2, ("fp32",)),
+}
+
+
+def main():
+    parser = measure.measuring_parser(__doc__)
+    parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
+    parser.add_argument("--dtype", choices=measure.DTYPES, nargs="+")
+    parser.add_argument("--patches", type=int)
+    parser.add_argument("--rounds", type=int)
+    args = parser.parse_args()
+    kernel, rows = measure.load_kernel(args.device), []
+    for step in args.step:
+        patches, rounds, dtypes = STEPS[step]
+        patches, rounds = args.patches or patches, args.rounds or rounds
+        for dtype in args.dtype or dtypes:
+            options = f"--device {args.device} --step '{step}' --dtype {dtype} --patches {patches}"
+            command = f'make step ARGS="{options} --rounds {rounds}"'
+            row = measure.origin(kernel, args.device, command)
+            row |= {"step": step, "dtype": dtype, "patches": patches, "rounds": rounds}
+            row |= measure_step(kernel, step, measure.DTYPES[dtype], patches, rounds)
+            rows.append(row)
+            measure.write(args.json, rows, f"{step} {dtype}: {row['median_us']} us, {row['share']}")
 
 
 class Clock:
-    """Sums the time between two kinds of events, in seconds."""
+    """Times a step, in seconds, and the lookups in it, between two kinds of events."""
 
-    total = 0.0
+    def __init__(self):
+        self.lookups = []  # a step
 
     def start(self, *_):
         self.started = measure.now()
 
     def stop(self, *_):
-        self.total += measure.now() - self.started
+        self.lookups[-1] += measure.now() - self.started
 
-
-def main():
-    parser = measure.measuring_parser(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 20 for the embedder, else 2")
-    parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
-    parser.add_argument(
-        "--dtype",
-        choices=measure.DTYPES,
-        nargs="+",
-        help="default: fp32, of the embedder bf16 too",
-    )
-    parser.add_argument("--patches", type=int, help="default: 2520 for Gemma 4, 1024 for Qwen3-VL")
-    args = parser.parse_args()
-    kernel, rows = measure.load_kernel(args.device), []
-    everywhere = itertools.product(args.step, args.dtype or ["fp32"])
-    of_embedder = [(EMBEDDER, "bf16")] if EMBEDDER in args.step and not args.dtype else []
-    for step, dtype in [*everywhere, *of_embedder]:
-        patches = args.patches or (1024 if step.startswith("Qwen") else 2520)
-        rounds = args.rounds or (20 if step == EMBEDDER else 2)
-        options = f"--device {args.device} --step '{step}' --dtype {dtype} --patches {patches}"
-        command = f'make step ARGS="{options} --rounds {rounds}"'
-        row = measure.origin(kernel, args.device, command)
-        row |= {"step": step, "dtype": dtype, "patches": patches, "rounds": rounds}
-        row |= measure_step(kernel, step, measure.DTYPES[dtype], patches, rounds)
-        rows.append(row)
-        measure.write(args.json, rows, f"{step} {dtype}: {row['median_us']} us, {row['share']}")
+    def time(self, step):
+        self.lookups.append(0.0)
+        start = measure.now()
+        step()
+        return measure.now() - start
 
 
 def measure_step(kernel, step, dtype, patches, rounds):
     torch.manual_seed(0)
     tower = {EMBEDDER: embedder, "Qwen3-VL forward": qwen3_vl}.get(step, gemma4)
     models, inputs, clocks = tower(kernel, dtype, patches)
-    lookups = {name: [] for name in models}
-
-    def seconds(name, run):
-        clocks[name].total = 0.0
-        start = measure.now()
-        run()
-        taken = measure.now() - start
-        lookups[name].append(clocks[name].total)
-        return taken
-
-    whole = {}
+    steps = {}
     for name, model in models.items():
-        if "LoRA" not in step:
-            run = partial(torch.inference_mode()(model.eval()), *inputs)
-        else:
+        if "LoRA" in step:
             run = lora(model, inputs, clocks[name], train_table=step.endswith("table"))
-        whole[name] = partial(seconds, name, run)
-    times = measure.interleaved(whole, rounds, warm_up=1, slow=float("inf"))
-    lookups = {name: taken[-rounds:] for name, taken in lookups.items()}
-    share = {name: [a / b for a, b in zip(lookups[name], times[name])] for name in models}
+        else:
+            run = partial(torch.inference_mode()(model.eval()), *inputs)
+        steps[name] = partial(clocks[name].time, run)
+    times = measure.interleaved(steps, rounds, warm_up=1, slow=float("inf"))
+    lookups = {name: clock.lookups[-rounds:] for name, clock in clocks.items()}
+    shares = {name: [a / b for a, b in zip(lookups[name], times[name])] for name in models}
     return measure.summary(times) | {
         "lookup_us": {n: measure.digits(statistics.median(t) * 1e6) for n, t in lookups.items()},
-        "share": {name: measure.digits(statistics.median(s)) for name, s in share.items()},
+        "share": {name: measure.digits(statistics.median(s)) for name, s in shares.items()},
     }
 
 
