@@ -72,18 +72,13 @@ def generated(folder):
 # ----- tables ---------------------------------------------------------------------------------------
 
 
-def find(rows, device, case, peer="eager"):
-    """The row of a case on a device, with a peer."""
-    wanted = case._asdict() | {"peers": None, "rounds": None}
-    for row in rows:
-        of_this = row.get("case", {}) | {"peers": None, "rounds": None} == wanted
-        if of_this and device in row["machine"] and peer in row.get("ratio", ()):
-            return row
-    return None
-
-
 def found(rows, some_cases, peer="eager"):
-    return [row for case in some_cases if (row := find(rows, "cpu", case, peer))]
+    """The rows of cases on a CPU that were measured with a peer, in the order of the cases."""
+    of = {}
+    for row in rows:
+        if "case" in row and "cpu" in row["machine"] and peer in row["ratio"]:
+            of.setdefault(str(Case(**row["case"])), row)
+    return [of[str(case)] for case in some_cases if str(case) in of]
 
 
 # What stands above tables that may be missing.
@@ -158,43 +153,43 @@ def again(row):
 
 
 def goal_rows(rows):
-    # Those with the one-hot are for their memory, of two rounds.
-    rows = [row for row in rows if "one-hot" not in row.get("ratio", ())]
-    for device, case, direction, dtype, goals in cases.GOALS:
-        case = case._replace(direction=direction, dtype=dtype)
-        for what, goal in goals.items():
-            row = find(rows, device, case, "eager" if what in AT_MOST else what)
-            if row and what in AT_MOST:
-                value = row["median_us"]["ours"] if what == "us" else row["ops"]["ours"]
-                yield goal_row(row, case, what, goal, [value] * 3)
-            elif row:
-                # A kernel as fast as a copy of the same bytes: what the machine would let be met.
-                limit = row["ratio"][what][0] / row["ratio"]["copy"][0]
-                yield goal_row(row, case, what, goal, row["ratio"][what], limit)
-    for device, name, goal in cases.CALL_GOALS:
+    for device, subject, goals in cases.GOALS:
         for row in rows:
-            if device in row["machine"] and name in row["median_us"]:
-                yield goal_row(row, f"a call, {name}", "us", goal, [row["median_us"][name]] * 3)
-    for device, step, goal in cases.STEP_GOALS:
-        for row in rows:
-            if device in row["machine"] and row.get("step") == step:
-                yield goal_row(row, f"{step} {row['dtype']}", "eager", goal, row["ratio"]["before"])
+            # Those with the one-hot are for their memory, of two rounds.
+            if device in row["machine"] and "one-hot" not in row["ratio"]:
+                values = measured(row).get(str(subject), {})
+                for what in goals:
+                    if what in values:
+                        yield goal_row(row, subject, what, goals[what], values[what])
 
 
-def goal_row(row, name, what, goal, measured, limit=None):
-    _, low, high = measured
+def measured(row):
+    """{what a goal can be of: {what it can say: [median, low, high]}}"""
+    if "call" in row:
+        return {f"a call, {name}": {"us": [us] * 3} for name, us in row["median_us"].items()}
+    if "step" in row:
+        return {f"{row['step']} {row['dtype']}": {"eager": row["ratio"]["before"]}}
+    at_most = {"us": row["median_us"], "ops": row.get("ops", {})}
+    values = {what: [of["ours"]] * 3 for what, of in at_most.items() if of}
+    return {str(Case(**row["case"])): row["ratio"] | values}
+
+
+def goal_row(row, subject, what, goal, values):
+    _, low, high = values
     if what in AT_MOST:
         text, met, missed = f"≤ {amount(what, goal)}", high <= goal, low > goal
     else:
         against = "of a copy's bandwidth" if what == "copy" else what
         text, met, missed = f"≥ {amount(what, goal)} {against}", low >= goal, high < goal
-    met = "yes" if met else "no" if missed else "not certain"
+    limit = ""
+    if what in row["ratio"] and what != "copy":
+        limit = amount(what, row["ratio"][what][0] / row["ratio"]["copy"][0])
     return {
-        "": name,
+        "": subject,
         "goal": text,
-        "measured": interval(what, measured),
-        "met": met,
-        "at a copy's bandwidth": amount(what, limit) if limit and what != "copy" else "",
+        "measured": interval(what, values),
+        "met": "yes" if met else "no" if missed else "not certain",
+        "at a copy's bandwidth": limit,
         **again(row),
     }
 
@@ -225,16 +220,12 @@ def step_rows(rows):
     for row in rows:
         yield {
             "": f"{row['step']} {row['dtype']}, {row['patches']:,} patches",
-            "whole step before, after": "{}, {}".format(*map(ms, in_order(row["median_us"]))),
+            "whole step before, after": ", ".join(map(ms, row["median_us"].values())),
             "times ours": interval("eager", row["ratio"]["before"]),
-            "lookup before, after": "{}, {}".format(*map(ms, in_order(row["lookup_us"]))),
-            "share before, after": "{:.3%}, {:.3%}".format(*in_order(row["share"])),
+            "lookup before, after": ", ".join(map(ms, row["lookup_us"].values())),
+            "share before, after": "{before:.3%}, {ours:.3%}".format(**row["share"]),
             **again(row),
         }
-
-
-def in_order(values):
-    return values["before"], values["ours"]
 
 
 def mac_rows(rows):
