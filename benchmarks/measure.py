@@ -1,15 +1,13 @@
 """The measuring core: a case, the op's arguments, the peers, interleaved rounds, a row of JSON.
 
-Every round times each peer once, in turn: what disturbs the machine disturbs all of them. A ratio is
-taken in each round, between two times that are milliseconds apart; given are its median and a 95% interval,
-bootstrapped. On the CPU results are fresh tensors, as in a model, so page faults count; the copy's tensors are
-warm, so it is the memory's limit and not the allocator's. On a GPU the times are the GPU's own, between two
-events; small calls are replayed ten at a time as a graph, because the host takes longer than the GPU.
+How it is measured is at the top of README.md. On a GPU the times are the GPU's own, between two events; small
+calls are replayed ten at a time as a graph, because the host takes longer than the GPU.
 """
 
 import argparse
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -121,34 +119,32 @@ def bytes_moved(case, position_ids, table, weights, padding, residual):
 
 def peers(kernel, case):
     """Functions of the op's arguments. Eager is what transformers does today."""
+
+    def interpolated(position_ids, table, weights, padding, residual):
+        embedding = kernel.reference.interpolated(position_ids, table, weights, residual.dtype)
+        return residual + embedding
+
+    def with_ids_of(function, lookup, **options):
+        """A lookup that makes its ids and weights."""
+
+        def call(position_ids, table, weights, padding, residual):
+            ids, weights = function(*square_images(case), **QWEN, **options)
+            return lookup(ids, table, weights=weights, padding=padding, residual=residual)
+
+        return call
+
     ours, eager = kernel.fused_embedding_lookup, kernel.reference.fused_embedding_lookup
     if case.ids in ("interpolated", "computed"):
-
-        def eager(position_ids, table, weights, padding, residual):
-            embedding = kernel.reference.interpolated(position_ids, table, weights, residual.dtype)
-            return residual + embedding
-
+        eager = interpolated
     if case.ids == "computed":
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
         function = kernel.vision_interpolation_indices_and_weights
-        tokens = case.batch * case.patches
-        ours = ids_within(ours, function, *square_images(case), num_patches=tokens, **QWEN)
-        function = get_vision_interpolation_indices_and_weights
-        eager = ids_within(eager, function, *square_images(case), **QWEN)
+        ours = with_ids_of(function, ours, num_patches=case.batch * case.patches)
+        eager = with_ids_of(get_vision_interpolation_indices_and_weights, eager)
     others = {"eager": eager, "torch.compile": torch.compile(eager)}
     others |= {"embedding_bag": embedding_bag, "one-hot": one_hot}
     return {"ours": ours} | {name: others[name] for name in case.peers}
-
-
-def ids_within(lookup, function, *images, **options):
-    """A lookup that makes its ids and weights."""
-
-    def call(position_ids, table, weights, padding, residual):
-        ids, weights = function(*images, **options)
-        return lookup(ids, table, weights=weights, padding=padding, residual=residual)
-
-    return call
 
 
 def embedding_bag(position_ids, table, weights, padding, residual):
@@ -180,7 +176,6 @@ def measure(kernel, case):
     torch._functorch.config.donated_buffer = not on_gpu()  # where a backward is repeated
     huge_pages(case.pages == "huge")
     given, backward = arguments(kernel, case), case.direction == "backward"
-    not_measured = {}
     with torch.set_grad_enabled(backward):
         grad = torch.randn_like(given["residual"]) if backward else None
         functions = peers(kernel, case)
@@ -194,17 +189,17 @@ def measure(kernel, case):
         target = torch.empty_like(source)
         calls["copy"] = lambda: lambda: target.copy_(source)
         row["by_replay"] = on_gpu() and given["residual"].numel() < 2**23
+        clocks = {}
         for name, prepare in calls.items():
             try:
-                calls[name] = clock(prepare, row["by_replay"])
+                clocks[name] = clock(prepare, row["by_replay"])
             except RuntimeError as error:  # what can't be captured
                 if name == "ours" or not row["by_replay"]:
                     raise
-                not_measured[name] = str(error)[:200]
-        calls = {name: seconds for name, seconds in calls.items() if name not in not_measured}
-        row |= summary(interleaved(calls, case.rounds))
+                row.setdefault("not_measured", {})[name] = str(error)[:200]
+        row |= summary(interleaved(clocks, case.rounds))
     huge_pages(True)
-    return row | ({"not_measured": not_measured} if not_measured else {})
+    return row
 
 
 @torch.no_grad()
@@ -232,10 +227,9 @@ def prepared(peer, given, grad):
 def huge_pages(allowed):
     """Whether this process may have them."""
     PR_SET_THP_DISABLE = 41
-    linux = platform.system() == "Linux"
-    if linux and ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, int(not allowed), 0, 0, 0) == 0:
-        return
-    if not allowed:
+    denied = platform.system() != "Linux"
+    denied = denied or ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, int(not allowed), 0, 0, 0)
+    if denied and not allowed:
         raise OSError("this system doesn't keep huge pages from a process")
 
 
@@ -256,11 +250,8 @@ def clock(prepare, by_replay=False):
     """A function that times a call, in seconds. That its result is freed isn't timed."""
     if not on_gpu():
         return lambda: host_seconds(prepare())
-    if by_replay:
-        call = captured(prepare)
-        return lambda: gpu_seconds(call) / REPLAYED
-    call = prepare()
-    return lambda: gpu_seconds(call)
+    call, times = (captured(prepare), REPLAYED) if by_replay else (prepare(), 1)
+    return lambda: gpu_seconds(call) / times
 
 
 def host_seconds(call):
@@ -357,12 +348,9 @@ def peak_bytes(prepare):
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         prepare()()
-    allocated = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
-    return peak
+    events = profiler.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def count_ops(prepare):
