@@ -57,16 +57,19 @@ def generated(folder):
             for name, (plot, _) in PLOTS.items():
                 files[measure.RESULTS / f"{name}_{theme}.svg"] = svg(plot(rows))
     sections = tables(rows)
-    for page in PAGES:
-        pictures = {f"plot {name}": picture(name, page) for name in PLOTS}
+    return files | {page: filled(page, sections) for page in PAGES}
 
-        def section(match, texts=sections | pictures):
-            text = texts[match[2]]
-            return f"{match[1]}\n{text}\n\n{match[3]}" if text else match[1] + match[3]
 
-        marked = r"(<!-- benchmarks: (.*?) -->\n).*?(<!-- /benchmarks -->)"
-        files[page] = re.sub(marked, section, page.read_text(), flags=re.DOTALL)
-    return files
+def filled(page, sections):
+    """The text of a page with its sections as they are now."""
+    texts = sections | {f"plot {name}": picture(name, page) for name in PLOTS}
+
+    def section(match):
+        text = texts[match[2]]
+        return f"{match[1]}\n{text}\n\n{match[3]}" if text else match[1] + match[3]
+
+    marked = r"(<!-- benchmarks: (.*?) -->\n).*?(<!-- /benchmarks -->)"
+    return re.sub(marked, section, page.read_text(), flags=re.DOTALL)
 
 
 # ----- tables ---------------------------------------------------------------------------------------
@@ -93,20 +96,20 @@ MAC = "## Apple's chips", "By `examples/on_a_mac.py`, forty images: the host's t
 
 def tables(rows):
     """{section: its text}"""
-    on = {
-        d: [r for r in rows if d in r.get("machine", ()) and "ratio" in r] for d in ("cpu", "gpu")
-    }
-    steps = [row for row in rows if "step" in row]
+    timed = [row for row in rows if "ratio" in row]
+    on_cpu = [row for row in timed if "cpu" in row["machine"]]
+    on_gpu = [row for row in timed if "gpu" in row["machine"]]
+    steps = [row for row in timed if "step" in row]
     return {
-        "goals": of_each_run(goal_rows, on["cpu"] + on["gpu"]),
+        "goals": of_each_run(goal_rows, on_cpu + on_gpu),
         "main": of_each_run(op_rows, found(rows, each(cases.MAIN, dtypes=measure.DTYPES))),
         "cpu": of_each_run(op_rows, found(rows, cases.OPS, "torch.compile")),
         "computed": of_each_run(op_rows, found(rows, cases.COMPUTED), COMPUTED),
-        "sweeps": of_each_run(sweep_rows, on["cpu"]),
-        "call": of_each_run(call_rows, on["cpu"]),
+        "sweeps": of_each_run(sweep_rows, on_cpu),
+        "call": of_each_run(call_rows, on_cpu),
         "steps": of_each_run(step_rows, steps),
         "qwen step": of_each_run(step_rows, [r for r in steps if "Qwen" in r["step"]], QWEN_STEP),
-        "gpu": of_each_run(op_rows, on["gpu"], *GPU),
+        "gpu": of_each_run(op_rows, on_gpu, *GPU),
         "mac": markdown(mac_rows(rows), *MAC),
     }
 
@@ -277,13 +280,8 @@ def call_rows(rows):
 
 THEMES = {"light": "default", "dark": "dark_background"}
 # Okabe and Ito's colours, which colour-blind people can tell apart.
-COLORS = {
-    "ours": "#0072b2",
-    "eager": "#d55e00",
-    "torch.compile": "#009e73",
-    "embedding_bag": "#cc79a7",
-}
-COLORS |= {"one-hot": "#e69f00", "copy": "#8c959f"}
+COLORS = {"ours": "#0072b2", "eager": "#d55e00", "torch.compile": "#009e73"}
+COLORS |= {"embedding_bag": "#cc79a7", "one-hot": "#e69f00", "copy": "#8c959f"}
 STYLE = {
     "svg.hashsalt": "fused-embedding-lookup",
     "svg.fonttype": "none",
