@@ -112,7 +112,8 @@ def bytes_moved(case, position_ids, table, weights, padding, residual):
     if case.direction == "backward":
         used = 1 if padding is None else 1 - padding.float().mean().item()
         return int(residual.nbytes * used) + table.nbytes + ids
-    of_tables = [position_ids] if case.shared else position_ids.unbind(-1)
+    read = position_ids if padding is None else position_ids[~padding]
+    of_tables = [read] if case.shared else read.unbind(-1)
     rows = sum(len(ids.clamp(min=0).unique()) for ids in of_tables)
     return 2 * residual.nbytes + ids + rows * case.hidden * table.itemsize
 

@@ -199,34 +199,36 @@ def goal_row(row, subject, what, goal, values):
 
 def op_rows(rows):
     for row in rows:
-        if "bytes" in row:
-            ours, peak = row["median_us"]["ours"], row["peak_bytes"]
-            peers = [peer for peer in row["ratio"] if peer != "copy"]
-            yield {
-                "": Case(**row["case"]),
-                "ours": ms(ours),
-                **{
-                    peer: f"{ms(row['median_us'][peer])}, {interval(peer, row['ratio'][peer])}"
-                    for peer in peers
-                },
-                "must move": f"{row['bytes'] / 1e6:.0f} MB, {row['bytes'] / ours / 1e3:.0f} GB/s",
-                "of a copy's bandwidth": interval("copy", row["ratio"]["copy"]),
-                "peak, eager's": f"{peak['ours'] / 2**20:,.0f}, {peak['eager'] / 2**20:,.0f} MiB",
-                **(
-                    {"ops, eager's": "{ours}, {eager}".format(**row["ops"])} if "ops" in row else {}
-                ),
-                **again(row),
-            }
+        if "bytes" not in row:  # a call, on a GPU
+            continue
+        us, ratio, peak = row["median_us"], row["ratio"], row["peak_bytes"]
+        peers = {
+            peer: f"{ms(us[peer])}, {interval(peer, ratio[peer])}"
+            for peer in ratio
+            if peer != "copy"
+        }
+        ops = {"ops, eager's": "{ours}, {eager}".format(**row["ops"])} if "ops" in row else {}
+        yield {
+            "": Case(**row["case"]),
+            "ours": ms(us["ours"]),
+            **peers,
+            "must move": f"{row['bytes'] / 1e6:.0f} MB, {row['bytes'] / us['ours'] / 1e3:.0f} GB/s",
+            "of a copy's bandwidth": interval("copy", ratio["copy"]),
+            "peak, eager's": f"{peak['ours'] / 2**20:,.0f}, {peak['eager'] / 2**20:,.0f} MiB",
+            **ops,
+            **again(row),
+        }
 
 
 def step_rows(rows):
     for row in rows:
+        shares = [f"{share * 100:.3g}%" for share in row["share"].values()]
         yield {
             "": f"{row['step']} {row['dtype']}, {row['patches']:,} patches",
             "whole step before, after": ", ".join(map(ms, row["median_us"].values())),
-            "times ours": interval("eager", row["ratio"]["before"]),
+            "before, times after": interval("eager", row["ratio"]["before"]),
             "lookup before, after": ", ".join(map(ms, row["lookup_us"].values())),
-            "share before, after": "{before:.3%}, {ours:.3%}".format(**row["share"]),
+            "share before, after": ", ".join(shares),
             **again(row),
         }
 
@@ -247,7 +249,7 @@ def mac_rows(rows):
 
 
 def sweep_rows(rows):
-    """The ends of each sweep, and where the cost of a call is no longer all there is."""
+    """The ends of each sweep, and where what grows outweighs what doesn't."""
     for name, sweep in cases.SWEEPS.items():
         for direction in DIRECTIONS:
             taken = found(rows, each(*sweep, directions=[direction]))
@@ -256,14 +258,15 @@ def sweep_rows(rows):
             ends = taken[0], taken[-1]
             sizes = [row["case"][cases.SIZES[name[0]]] for row in taken]
             ours = [row["median_us"]["ours"] for row in taken]
+            ratios = [interval("eager", row["ratio"]["eager"]) for row in ends]
             twice = [f"{size:,}" for size, us in zip(sizes, ours) if us >= 2 * ours[0]]
             yield {
                 "": f"{direction}, {name}",
                 "from, to": f"{sizes[0]:,}, {sizes[-1]:,}",
                 "ours (us)": ", ".join(f"{row['median_us']['ours']:,g}" for row in ends),
                 "eager (us)": ", ".join(f"{row['median_us']['eager']:,g}" for row in ends),
-                "times ours": ", ".join(interval("eager", row["ratio"]["eager"]) for row in ends),
-                "first to take twice the least": (twice or ["none here"])[0],
+                "eager, times ours": ", ".join(ratios),
+                "first to take twice as long": (twice or ["none here"])[0],
                 **again(taken[-1]),
             }
 
