@@ -306,21 +306,16 @@ def interleaved(clocks, rounds, warm_up=3, slow=0.5):
 
 def summary(times):
     """How long each took, in microseconds, and how many times as long as ours."""
-    quartiles = {}
+    result = {"median_us": {}, "quartiles_us": {}, "ratio": {}}
     for name, taken in times.items():
         several = taken if len(taken) > 1 else taken * 2  # Python 3.13 is the first to take one
         cuts = statistics.quantiles(several, n=4, method="inclusive")
-        quartiles[name] = [digits(seconds * 1e6) for seconds in cuts]
-    ours = times["ours"]  # one of the two may be slow, and have taken part in fewer rounds
-    return {
-        "median_us": {name: q[1] for name, q in quartiles.items()},
-        "quartiles_us": {name: [q[0], q[2]] for name, q in quartiles.items()},
-        "ratio": {
-            name: median_with_interval([peer / our for peer, our in zip(taken, ours)])
-            for name, taken in times.items()
-            if name != "ours"
-        },
-    }
+        low, result["median_us"][name], high = (digits(seconds * 1e6) for seconds in cuts)
+        result["quartiles_us"][name] = [low, high]
+        if name != "ours":  # one of the two may be slow, and have taken part in fewer rounds
+            ratios = [theirs / ours for theirs, ours in zip(taken, times["ours"])]
+            result["ratio"][name] = median_with_interval(ratios)
+    return result
 
 
 def median_with_interval(values):

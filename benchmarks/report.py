@@ -312,33 +312,29 @@ def svg(figure):
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def curves(axis, title, x_label, sizes, series):
-    for name, values in series.items():
+def curves(axis, rows, size, what, unit, title, x_label):
+    """A curve for each peer: what it has taken, in a unit, against a size of the cases."""
+    sizes = [row["case"][size] for row in rows]
+    for name in rows[0][what]:
+        values = [row[what][name] / unit for row in rows]
         style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.3}
         style["linestyle"] = ":" if name == "copy" else "-"
         axis.plot(sizes, values, color=COLORS[name], label=name, marker="o", markersize=3, **style)
     axis.set(xscale="log", yscale="log", xlabel=x_label, title=title)
     axis.yaxis.set_major_formatter("{x:,g}")
     axis.xaxis.set_major_formatter("{x:,.0f}")
+    if len(sizes) < 6:
+        axis.set_xticks(sizes, sizes)
+        axis.minorticks_off()
     axis.legend()
-
-
-def at_sizes(axis, sizes):
-    axis.set_xticks(sizes, sizes)
-    axis.minorticks_off()
 
 
 def plot_times(rows, x_label, panels):
     """Against the number of patches."""
     figure, axes = subplots(len(panels))
     for axis, (title, some_cases) in zip(axes, panels.items()):
-        taken = found(rows, some_cases)
-        sizes = [row["case"]["patches"] for row in taken]
-        names = taken[0]["median_us"]
-        series = {name: [row["median_us"][name] / 1e3 for row in taken] for name in names}
-        curves(axis, f"{title}: milliseconds", x_label, sizes, series)
-        if len(sizes) < 6:
-            at_sizes(axis, sizes)
+        title = f"{title}: milliseconds"
+        curves(axis, found(rows, some_cases), "patches", "median_us", 1e3, title, x_label)
     return figure
 
 
@@ -362,16 +358,14 @@ def plot_memory(rows):
     """Against the batch. What was not run is computed, and looks it."""
     figure, axis = subplots()
     taken = found(rows, cases.MEMORY, "one-hot")
-    sizes = [row["case"]["batch"] for row in taken]
-    names = ("one-hot", "eager", "ours")
-    series = {name: [row["peak_bytes"][name] / 2**20 for row in taken] for name in names}
+    title = "Peak memory of the forward beyond its inputs: MiB"
     x_label = f"images of 2520 patches, 768 wide, {taken[0]['case']['dtype']}"
-    curves(axis, "Peak memory of the forward beyond its inputs: MiB", x_label, sizes, series)
-    ends = sizes[-1], TRAINING_BATCH
-    computed = [series["one-hot"][-1] * batch / sizes[-1] for batch in ends]
+    curves(axis, taken, "batch", "peak_bytes", 2**20, title, x_label)
+    batches = [row["case"]["batch"] for row in taken] + [TRAINING_BATCH]
+    an_image = taken[-1]["peak_bytes"]["one-hot"] / 2**20 / batches[-2]
     style = {"color": COLORS["one-hot"], "markerfacecolor": "none", "label": "one-hot, computed"}
-    axis.plot(ends, computed, "o--", **style)
-    at_sizes(axis, [*sizes, TRAINING_BATCH])
+    axis.plot(batches[-2:], [an_image * batch for batch in batches[-2:]], "o--", **style)
+    axis.set_xticks(batches, batches)
     axis.legend()
     return figure
 
