@@ -34,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPLAYED = 10  # calls in a graph
 QWEN = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": 2}
+INTERPOLATED = ("interpolated", "computed")  # ids of four entries of one table, weighted
 
 
 class Case(NamedTuple):
@@ -60,8 +61,9 @@ class Case(NamedTuple):
 
     def __str__(self):
         name = f"{self.direction} {self.dtype}, B={self.batch} N={self.patches} H={self.hidden}"
+        implied = ("entries", "shared", "weighted") if self.ids in INTERPOLATED else ()
         for field in ("rows", "entries", "shared", "weighted", "ids", "pages"):
-            if getattr(self, field) != self._field_defaults[field]:
+            if field not in implied and getattr(self, field) != self._field_defaults[field]:
                 name += f" {field}={getattr(self, field)}"
         return name
 
@@ -72,7 +74,7 @@ class Case(NamedTuple):
 def arguments(kernel, case):
     """What `fused_embedding_lookup` is called with."""
     tokens, weights, padding = (case.batch, case.patches), None, None
-    if case.ids in ("interpolated", "computed"):
+    if case.ids in INTERPOLATED:
         tokens = (case.batch * case.patches,)
         function = kernel.vision_interpolation_indices_and_weights
         ids, weights = function(*square_images(case), num_patches=tokens[0], **QWEN)
@@ -135,7 +137,7 @@ def peers(kernel, case):
         return call
 
     ours, eager = kernel.fused_embedding_lookup, kernel.reference.fused_embedding_lookup
-    if case.ids in ("interpolated", "computed"):
+    if case.ids in INTERPOLATED:
         eager = interpolated
     if case.ids == "computed":
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights

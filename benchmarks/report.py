@@ -20,6 +20,7 @@ import cases
 import measure
 from cases import DIRECTIONS, each
 from matplotlib import pyplot
+from matplotlib.ticker import EngFormatter, PercentFormatter
 from measure import Case
 
 PAGES = [
@@ -322,7 +323,7 @@ def curves(axis, rows, size, what, unit, title, x_label):
         axis.plot(sizes, values, color=COLORS[name], label=name, marker="o", markersize=3, **style)
     axis.set(xscale="log", yscale="log", xlabel=x_label, title=title)
     axis.yaxis.set_major_formatter("{x:,g}")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(sizes) < 6:
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()
@@ -379,9 +380,9 @@ def plot_share(rows):
     bars = axis.barh(names, shares, xerr=errors, color=COLORS["ours"], ecolor=COLORS["copy"])
     axis.bar_label(bars, fmt="{:.0%}", padding=4)
     axis.axvline(1, color=COLORS["copy"], linewidth=1, linestyle=":")
-    axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(y=0.01)
-    axis.set_title("Share of a copy's bandwidth, with its 95% interval")
+    figure.suptitle("Share of a copy's bandwidth, with its 95% interval", fontsize=10)
     return figure
 
 
