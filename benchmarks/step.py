@@ -39,9 +39,9 @@ STEPS = {  # of how many patches; in how many rounds, and in which dtypes, unles
 def main():
     parser = measure.measuring_parser(__doc__)
     parser.add_argument("--step", choices=STEPS, nargs="+", default=STEPS)
-    parser.add_argument("--dtype", choices=measure.DTYPES, nargs="+")
-    parser.add_argument("--patches", type=int)
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--dtype", choices=measure.DTYPES, nargs="+", help="default: the step's")
+    parser.add_argument("--patches", type=int, help="default: the step's")
+    parser.add_argument("--rounds", type=int, help="default: the step's")
     args = parser.parse_args()
     kernel, rows = measure.load_kernel(args.device), []
     for step in args.step:
