@@ -5,7 +5,7 @@
 #     tools/gpu_check.sh smoke bench         # some
 #     tools/gpu_check.sh --device simt       # a rehearsal, with tests/simt in place of the GPU
 #
-#     smoke      results; first of all, whether eager sums four rows in our order
+#     smoke      whether eager sums four rows in our order; and the few tests that launch every kernel
 #     bench      times of ours, of the peers, of a copy and of a call, into benchmarks/results/gpu_*.json
 #     test       the tests of the CUDA variant
 #     sanitize   the four tools of compute-sanitizer, on our kernels
@@ -50,7 +50,11 @@ fi
 for phase in "${phases[@]}"; do
   json=(--device "$device" --json "$results$phase.json")
   case $phase in
-    smoke | profile) run "$phase" "$python" benchmarks/gpu.py "$phase" "${json[@]}" ;;
+    smoke)
+      run smoke "$python" benchmarks/gpu.py smoke "${json[@]}"
+      run "smoke tests" "${pytest[@]}" -m sanitizer
+      ;;
+    profile) run profile "$python" benchmarks/gpu.py profile "${json[@]}" ;;
     bench)
       run bench "$python" benchmarks/compare.py --list gpu "${json[@]}" "${sizes[@]}"
       run call "$python" benchmarks/call.py --device "$device" --json "${results}call.json"
