@@ -119,6 +119,7 @@ def markdown(rows, *above):
     """A table below some paragraphs; nothing if it has no rows."""
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns.sort(key=lambda column: column == "again")  # which stays the last
     lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
     table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
     return "\n\n".join([*above, table]) if rows else ""
