@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import sys
 
 import pytest
 
@@ -44,6 +45,17 @@ def test_changes_to_what_we_replace_are_looked_for(kernel):
     for path, names in replaced.items():
         tree = ast.parse((patching.INSTALLED.parent / path).read_text())
         assert {*names} <= {getattr(node, "name", None) for node in tree.body}, path
+
+
+@pytest.mark.skipif(shutil.which("patch") is None, reason="needs patch: apt-get install patch")
+def test_the_command_of_the_page_applies_the_patch():
+    """From the repository's root, to the transformers that is installed."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    (command,) = re.findall(r"^patch -p1 .*$", page, re.MULTILINE)
+    command = command.replace("patch -p1", "patch -p1 --dry-run").replace("python", sys.executable)
+    output = process.run("bash", "-c", command).stdout
+    files = re.findall(r"^\+\+\+ b/(\S+)", patching.QWEN_PATCH.read_text(), re.MULTILINE)
+    assert re.findall(r"^checking file (\S+)$", output, re.MULTILINE) == files
 
 
 @pytest.fixture(scope="module")
