@@ -59,9 +59,9 @@ void find_rows(const Lookup& lookup, int32_t* row_of_entry, int64_t* counts) {
 void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int32_t* row_of_entry,
                         const int64_t* counts, int64_t num_used, int64_t width, bool stream) {
   const int64_t total_rows = lookup.total_rows();
-  Tensor numbers_tensor =
+  Tensor sum_of_row_tensor =
       allocate("the backward's workspace", {total_rows}, ScalarType::Int, device);
-  auto* sum_of_row = static_cast<int32_t*>(numbers_tensor.mutable_data_ptr());
+  auto* sum_of_row = static_cast<int32_t*>(sum_of_row_tensor.mutable_data_ptr());
   int32_t num_sums = 0;
   for (int64_t row = 0; row < total_rows; ++row) {
     sum_of_row[row] = counts[row] > 0 ? num_sums++ : -1;

@@ -6,6 +6,7 @@
 // template from outside, or the linker could keep one instruction set's copy of it for everyone.
 // For the same reason every other header comes first.
 
+// In this order: each needs those above it. The empty comments keep clang-format from sorting.
 #include "vectors.h"
 //
 #include "forward_kernels.h"

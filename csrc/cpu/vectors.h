@@ -122,7 +122,7 @@ struct Packed<BFloat16> {
   static Words round_words(Floats floats) {
     const Words words = (Words)floats;
     const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) & 0xffff0000u;
-    const Words nan = words - words + 0x7fc00000u;
+    const Words nan = Words{} + 0x7fc00000u;
     return floats == floats ? rounded : nan;
   }
   static Block round(const Block& block) {

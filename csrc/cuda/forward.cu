@@ -15,10 +15,12 @@
 namespace embedding_lookup {
 namespace {
 
-// Tokens a block, and the blocks that a multiprocessor is to have room for: 64 registers a thread,
-// and 80 where the number of entries isn't known. Not tuned.
+// Tokens a block. Not tuned.
 constexpr int kWarps = 8;
-constexpr int kBlocks(int num_entries) { return num_entries > 0 ? 4 : 3; }
+
+// Blocks that a multiprocessor is to have room for: 64 registers a thread, and 80 where the number
+// of entries isn't known (0). Not tuned.
+constexpr int min_blocks(int num_entries) { return num_entries > 0 ? 4 : 3; }
 
 // ---------------------------------------------------------------------------------------------
 // Arithmetic.
@@ -244,7 +246,7 @@ __device__ __forceinline__ void add_rows(const Batch<Table, kBatch>& batch, int 
 // a weight of 1 and a residual of -0 change no bit.
 template <typename Table, typename Residual, typename Out, int N, int K, bool kWeighted,
           bool kResidual>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kBlocks(K))
+__global__ void __launch_bounds__(kWarps* kWarpSize, min_blocks(K))
     forward_kernel(const Lookup lookup) {
   constexpr bool kPacked = K == 2 && !kWeighted && sizeof(Out) == 2;
   // Not tuned. Gemma 4's 768 16-bit columns are three vectors a lane, Qwen's 1152 four and a half.

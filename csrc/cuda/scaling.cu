@@ -1,7 +1,8 @@
 // The third op on CUDA: Gemma 4's pixels, scaled and cast for the patch projection.
 //
-// A block has kThreads * kUnroll neighbouring vectors of N elements, a warp every kThreads / 32-th
-// 32 of them, a thread one of each 32. All of its loads go out before the first is waited for.
+// A block has kThreads * kUnroll neighbouring vectors of N elements: kUnroll groups of kThreads, of
+// each of which a warp has 32 neighbours and a thread one. All of a thread's loads go out before
+// the first is waited for.
 //
 // Memory traffic: reads the pixels and writes the result once, past the caches.
 

@@ -1,9 +1,9 @@
 // The third op on Metal: Gemma 4's pixels, scaled and cast for the patch projection, see
 // pixel_scaling.h.
 //
-//   scale_pixels   a threadgroup owns kScaledVectors vectors of N elements for each of its threads
-//                  at a time, a thread every threads-th of them, a simdgroup nothing besides. The
-//                  pixels are read and the result written once.
+//   scale_pixels   a threadgroup owns kScaledVectors groups of vectors of N elements at a time, a
+//                  thread one vector of each group, a simdgroup nothing besides. The pixels are
+//                  read and the result written once.
 
 #include "common.h"
 

@@ -1,9 +1,10 @@
 """The op's derivatives and batching rule: what autograd, forward-mode AD and torch.func see of it.
 
 Forward is linear in the table and the residual, and backward is its adjoint: each is the other's
-derivative. They and the scaling of pixels stand on the `Autograd` dispatch key, where `torch.func` meets them once for every
-level of a nested transform. PyTorch has no public way to register a forward-mode derivative there;
-on a version that lacks one of the private names below, transforms are refused.
+derivative. They and the scaling of pixels stand on the `Autograd` dispatch key, where `torch.func`
+meets them once for every level of a nested transform. PyTorch has no public way to register a
+forward-mode derivative there; on a version that lacks one of the private names below, transforms are
+refused.
 """
 
 from __future__ import annotations
