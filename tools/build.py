@@ -173,7 +173,7 @@ class Variant:
         objects.mkdir(parents=True, exist_ok=True)
         write_if_changed(objects / "registration.h", self.registration)
         write_if_changed(objects / "build.ninja", self.ninja_file(objects))
-        print(f"{self.name}: compiling", flush=True)
+        print(f"{objects.name}: compiling", flush=True)
         status = subprocess.call([Path(ninja.BIN_DIR) / "ninja", "-C", objects])
         if status != 0:
             sys.exit(status)
