@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, min_blocks(K))
     forward_kernel(const Lookup lookup) {
   constexpr bool kPacked = K == 2 && !kWeighted && sizeof(Out) == 2;
   // Not tuned. Gemma 4's 768 16-bit columns are three vectors a lane, Qwen's 1152 four and a half.
+  // tests/devices/test_cuda_binary.py counts in the machine code what these make of the loads.
   constexpr int kBatch = K > 0 ? K : 4;
   constexpr int kUnroll = K == 2 ? 3 : 1;
   constexpr int kStep = kUnroll * kWarpSize * N;

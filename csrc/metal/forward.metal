@@ -16,7 +16,9 @@
 
 #include "common.h"
 
-constant constexpr int kUnroll = 3;  // columns of a thread that are in flight at once, in vectors
+// Columns of a thread that are in flight at once, in vectors. tests/devices/test_metal.py counts
+// the loads that it makes.
+constant constexpr int kUnroll = 3;
 
 // ---------------------------------------------------------------------------------------------
 // A thread's columns from `first` on: kUnroll vectors.

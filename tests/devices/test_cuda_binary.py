@@ -198,7 +198,10 @@ class Batch(NamedTuple):
         loads = [i for i, found in enumerate(instructions) if found.name.startswith("LDG")]
         matching = [i for i in loads if re.fullmatch(self.load, instructions[i].name)]
         batch = matching[self.skip : self.skip + self.count]
-        assert len(batch) == self.count, "fewer loads than the design has"
+        assert len(batch) == self.count, (
+            f"{len(batch)} loads, where the design has {self.count}. If the kernel's design has changed, "
+            "so must the counts in FORWARDS and BATCHES."
+        )
         return [i for i in loads if i <= batch[-1]] if self.all_before else batch
 
 
@@ -267,7 +270,7 @@ def test_two_rows_are_added_in_packed_arithmetic(machine_code, kernel):
         if (kernel, arch) == ("BFloat16", "sm_75"):
             continue
         packed = [i for i in code[name] if re.match(r"(HADD2|HFMA2)\b", i.name)]
-        assert len(packed) >= 3 * 2 * 4, arch
+        assert len(packed) >= 3 * 2 * 4, f"{arch}: fewer than of 3 vectors, 2 additions of 4 pairs"
         assert not [i for i in code[name] if re.match(r"F2F|FADD|F2FP", i.name)], arch
 
 
