@@ -19,6 +19,8 @@
 
 .PHONY: demo quick test check simt bench call step measure gate report cuda macos-headers asan lint format clean build
 
+.DEFAULT_GOAL := build
+
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
