@@ -137,6 +137,14 @@ def test_small_modules_agree(patched, model, name):
     assert written == generated and "num_patches=" in written
 
 
+def test_the_test_that_goes_with_it(patched):
+    """What is proposed to be added to transformers' own tests passes where the patch is applied."""
+    ran = process.python(
+        "-m", "unittest", "test_vision_utils", cwd=ROOT / "upstream", PYTHONPATH=patched
+    )
+    assert re.search(r"^Ran [1-9]\d* tests.*\n\nOK$", ran.stderr, re.MULTILINE)
+
+
 SCRIPT = f"""
 import copy
 import sys
