@@ -35,6 +35,10 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+Tensor workspace(int64_t count, ScalarType dtype, torch::stable::Device device) {
+  return allocate("the backward's workspace", {count}, dtype, device);
+}
+
 // Writes the row that each entry reads (kNoRow: none) to `row_of_entry` [num_tokens * K] and how
 // many entries read each row to `counts` [total_rows].
 void find_rows(const Lookup& lookup, int32_t* row_of_entry, int64_t* counts) {
@@ -59,8 +63,7 @@ void find_rows(const Lookup& lookup, int32_t* row_of_entry, int64_t* counts) {
 void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int32_t* row_of_entry,
                         const int64_t* counts, int64_t num_used, int64_t width, bool stream) {
   const int64_t total_rows = lookup.total_rows();
-  Tensor sum_of_row_tensor =
-      allocate("the backward's workspace", {total_rows}, ScalarType::Int, device);
+  Tensor sum_of_row_tensor = workspace(total_rows, ScalarType::Int, device);
   auto* sum_of_row = static_cast<int32_t*>(sum_of_row_tensor.mutable_data_ptr());
   int32_t num_sums = 0;
   for (int64_t row = 0; row < total_rows; ++row) {
@@ -75,8 +78,7 @@ void accumulate_columns(const Lookup& lookup, torch::stable::Device device, int3
   const int64_t columns = lookup.num_columns;
   const int64_t blocks = (columns + width - 1) / width;
   const int64_t block_bytes = num_used * width * sum_size(lookup.table.dtype);
-  Tensor sums_tensor =
-      allocate("the backward's workspace", {blocks * block_bytes}, ScalarType::Byte, device);
+  Tensor sums_tensor = workspace(blocks * block_bytes, ScalarType::Byte, device);
   auto* sums = static_cast<char*>(sums_tensor.mutable_data_ptr());
   advise_huge_pages(sums, blocks * block_bytes);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
@@ -153,11 +155,9 @@ void gather_rows(const Lookup& lookup, torch::stable::Device device, const int32
   for (int64_t row = 0; row < total_rows; ++row) {
     num_sorted += std::exchange(counts[row], num_sorted);
   }
-  Tensor offsets_tensor =
-      allocate("the backward's workspace", {num_sorted}, ScalarType::Long, device);
+  Tensor offsets_tensor = workspace(num_sorted, ScalarType::Long, device);
   Tensor weights_tensor =
-      allocate("the backward's workspace", {lookup.weights.present() ? num_sorted : 0},
-               ScalarType::Float, device);
+      workspace(lookup.weights.present() ? num_sorted : 0, ScalarType::Float, device);
   auto* offsets = static_cast<int64_t*>(offsets_tensor.mutable_data_ptr());
   auto* weights = static_cast<float*>(weights_tensor.mutable_data_ptr());
   for (int64_t token = 0; token < lookup.num_tokens; ++token) {
@@ -206,10 +206,8 @@ void launch_backward(const Lookup& lookup, torch::stable::Device device) {
     return;
   }
 
-  Tensor rows_tensor = allocate("the backward's workspace",
-                                {lookup.num_tokens * lookup.num_entries}, ScalarType::Int, device);
-  Tensor counts_tensor =
-      allocate("the backward's workspace", {total_rows + 1}, ScalarType::Long, device);
+  Tensor rows_tensor = workspace(lookup.num_tokens * lookup.num_entries, ScalarType::Int, device);
+  Tensor counts_tensor = workspace(total_rows + 1, ScalarType::Long, device);
   auto* row_of_entry = static_cast<int32_t*>(rows_tensor.mutable_data_ptr());
   auto* counts = static_cast<int64_t*>(counts_tensor.mutable_data_ptr());
   find_rows(lookup, row_of_entry, counts);

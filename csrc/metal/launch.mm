@@ -159,8 +159,11 @@ std::string shader_dtype(ScalarType dtype) {
       return "float";
     case ScalarType::Half:
       return "half";
-    default:
+    case ScalarType::BFloat16:
       return "bfloat";
+    default:
+      check(false, "no Metal shader for ", torch::headeronly::toString(dtype));
+      return {};
   }
 }
 
