@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import runpy
@@ -107,6 +108,7 @@ def first_wait(instructions, loads):
     return None
 
 
+@functools.cache  # they are the same for all architectures
 def demangle(name):
     """forward_kernel<BFloat16, BFloat16, 8, 2>"""
     full = process.run("c++filt", name).stdout
