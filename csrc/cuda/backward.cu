@@ -13,7 +13,7 @@
 //
 // The first two also fill the table's gradient with zeros, a share a launch, on the multiprocessors
 // that the sort leaves idle. Nobody reads or writes a share until all are filled, so a launch that
-// overlaps with the one before it begins with its own at once, and the filling never pauses.
+// overlaps with the one before it begins with its own at once, and the filling need not pause.
 //
 // A tile of the sums is kTile entries. It is cut into stretches of kStretch entries, one a team of
 // kTeam lanes; what of a run lies in one stretch is a piece. A tile of the sort (sort_tile) is a
